@@ -1,0 +1,46 @@
+"""kvat: measure which KV-cache settings make a model fastest here, prove it, and hand over a plan.
+
+The heavy names are imported when they are first used, so that reading a plan costs little.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvat_core.errors import KvatError
+from kvat_core.profiles import load_profile, presets
+from kvat_core.schema import Plan, Profile, Scenario, read_plan
+
+if TYPE_CHECKING:
+    from kvat_core.snippets import snippet
+    from kvat_core.tuner import Progress, TuneRequest, TuneResult, tune
+
+__all__ = [
+    "KvatError",
+    "Plan",
+    "Profile",
+    "Progress",
+    "Scenario",
+    "TuneRequest",
+    "TuneResult",
+    "load_profile",
+    "presets",
+    "read_plan",
+    "snippet",
+    "tune",
+]
+
+_LAZY = {
+    "Progress": "kvat_core.tuner",
+    "TuneRequest": "kvat_core.tuner",
+    "TuneResult": "kvat_core.tuner",
+    "snippet": "kvat_core.snippets",
+    "tune": "kvat_core.tuner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvat_core' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

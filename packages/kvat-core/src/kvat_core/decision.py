@@ -1,0 +1,136 @@
+"""Pure: utilities → winner, verdict, equivalents and confidence.
+
+A decision is about a difference: candidates are compared as paired ratios over the same
+blocks. What cannot be told apart is treated as equal, and the simplest of the equal wins,
+which is the incumbent wherever it is among them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from kvat_core import scoring, stats
+from kvat_core.run import Run
+from kvat_core.schema import Confidence, Ratio, Ratios, Verdict
+
+MIN_DIFFERENCE = 0.01
+"""No difference below 1 % is ever claimed."""
+MAX_PROBABILITY = 0.99
+"""A run of a few launches on one machine is never surer than this."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a run decided, and how sure it is."""
+
+    winner: str
+    verdict: Verdict
+    equivalents: tuple[str, ...]
+    ratios: Ratios | None
+    confidence: Confidence
+    scores: dict[str, Ratio]
+    """Score ÷ reference of every measured candidate, eligible or not."""
+
+
+class _Field:
+    """The measured candidates, compared pairwise."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.utilities = {
+            candidate: scoring.utility(run, candidate)
+            for candidate in run.live
+            if scoring.complete_rounds(run, candidate)
+        }
+        self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+        self.noise_floor = self._noise_floor()
+        self.epsilon = max(MIN_DIFFERENCE, 2 * self.noise_floor)
+
+    def _noise_floor(self) -> float:
+        if not self.utilities:
+            return 0.0
+        common = sorted(set.intersection(*(set(utility.score) for utility in self.utilities.values())))
+        return stats.noise_floor([[utility.score[number] for number in common] for utility in self.utilities.values()])
+
+    def log_ratios(self, over: str, under: str, kind: Literal["score", "ttft", "decode"] = "score") -> list[float]:
+        """Log of over ÷ under in each block that both have."""
+        numerator = getattr(self.utilities[over], kind)
+        denominator = getattr(self.utilities[under], kind)
+        return [numerator[number] - denominator[number] for number in sorted(numerator.keys() & denominator.keys())]
+
+    def shown_worse(self, candidate: str, than: str) -> bool:
+        """Whether a candidate is worse for sure, and by more than ε perhaps."""
+        ratio = stats.ratio(self.log_ratios(candidate, than))
+        if ratio.low is None or ratio.high is None:
+            return False
+        return ratio.high < 1 and ratio.low < 1 - self.epsilon
+
+    def shown_better(self, candidate: str, than: str) -> bool:
+        """Whether a candidate is better for sure, and by more than ε at its best estimate."""
+        ratio = stats.ratio(self.log_ratios(candidate, than))
+        return ratio.low is not None and ratio.low > 1 and ratio.value >= 1 + self.epsilon
+
+
+def decide(run: Run) -> Decision | None:
+    """The decision that the journal supports; None when no measured candidate is eligible."""
+    field = _Field(run)
+    if not field.eligible:
+        return None
+    incumbent = run.incumbent
+    reference = incumbent if incumbent in field.utilities else field.eligible[0]
+    leader = max(field.eligible, key=lambda name: fmean(field.log_ratios(name, reference)))
+    near = [name for name in field.eligible if not field.shown_worse(name, leader)]
+    winner, verdict = _choose(field, incumbent, leader, near)
+    return Decision(
+        winner=winner,
+        verdict=verdict,
+        equivalents=tuple(name for name in near if name != winner),
+        ratios=_ratios(field, winner, incumbent) if incumbent in field.utilities else None,
+        confidence=_confidence(field, winner),
+        scores={name: stats.ratio(field.log_ratios(name, reference)) for name in field.utilities},
+    )
+
+
+def _choose(field: _Field, incumbent: str, leader: str, near: list[str]) -> tuple[str, Verdict]:
+    if incumbent not in field.eligible:
+        return min(near, key=lambda name: _plainness(field.run, name)), "better"
+    better = [name for name in near if field.shown_better(name, incumbent)]
+    if incumbent not in near and better:
+        return min(better, key=lambda name: _plainness(field.run, name)), "better"
+    lead = fmean(field.log_ratios(leader, incumbent))
+    apart = lead >= math.log1p(field.epsilon) or incumbent not in near
+    enough = len(field.log_ratios(leader, incumbent)) >= 2
+    return incumbent, "undecided" if apart or not enough else "tie"
+
+
+def _plainness(run: Run, candidate_id: str) -> tuple[int, int, int, int]:
+    """Tie-break, less is better: memory that matters (in steps of 2 %), no compilation, simpler values, order."""
+    index, entry = next(pair for pair in enumerate(run.candidates) if pair[1].candidate.id == candidate_id)
+    memory_steps = round(scoring.memory_log(run, candidate_id) / 0.02)
+    return memory_steps, int(entry.candidate.compiles), entry.candidate.complexity, index
+
+
+def _ratios(field: _Field, winner: str, incumbent: str) -> Ratios:
+    return Ratios(
+        score=stats.ratio(field.log_ratios(winner, incumbent)),
+        ttft=stats.ratio(field.log_ratios(winner, incumbent, "ttft")),
+        decode=stats.ratio(field.log_ratios(winner, incumbent, "decode")),
+    )
+
+
+def _confidence(field: _Field, winner: str) -> Confidence:
+    """Lower bound (Bonferroni) of the probability that no eligible rival beats the winner by more than ε."""
+    threshold = math.log1p(field.epsilon)
+    rivals = [name for name in field.eligible if name != winner]
+    doubt = sum(stats.probability_above(field.log_ratios(rival, winner), threshold) for rival in rivals)
+    probability = min(MAX_PROBABILITY, max(0.0, 1.0 - doubt))
+    blocks = len(field.utilities[winner].score)
+    level: Literal["high", "medium", "low"] = "low"
+    if probability >= 0.95 and blocks >= 6:
+        level = "high"
+    elif probability >= 0.80 and blocks >= 2:
+        level = "medium"
+    return Confidence(level=level, probability=probability, noise_floor=field.noise_floor)

@@ -1,0 +1,202 @@
+"""The contract between kvat and an engine adapter, and nothing else.
+
+An adapter package registers a subclass of `Engine` under the entry-point group
+`kvat.engines`:
+
+    [project.entry-points."kvat.engines"]
+    mine = "kvat_engine_mine:MineEngine"
+
+**`Engine`** is the light half. Importing its module must import nothing heavy, because
+`kvat engines` and the supervising process do it; they never run a model. Its methods
+`probe` and `describe` are called in one short-lived child process per run and may
+import anything. **`EngineAdapter`** is the heavy half; it lives in a worker process.
+
+Life of a worker: one `load_model`; then, for each candidate and scenario,
+`prepare_cache(recipe)`, `applied(prompt)` once, `run_decode` for each warm-up and timed
+call, at times `run_prefill`, `measure_resources`; at the end one `cleanup`. All calls
+come from one thread, one at a time. Between two candidates nothing but
+`prepare_cache` is called, so it must undo everything the candidate before set.
+
+Ownership: the adapter owns the model, its cache, and the prompts it made (core hands
+them back unread). Core owns time limits and processes: an adapter never forks a
+process that may outlive it, and never retries.
+
+Exceptions: raise `EngineError` with the kind that fits and a message of your own.
+Any other exception becomes a failure of kind ``error`` with its type alone, since
+foreign texts may hold prompts. `UsageError` from `describe` or `probe` ends the run
+as unusable input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import JsonValue
+
+from kvat_core.schema import (
+    Applied,
+    FailureKind,
+    Knob,
+    ModelRef,
+    ModelShape,
+    Plan,
+    PromptSource,
+    Recipe,
+    Record,
+    Resources,
+    Scenario,
+    Space,
+    Target,
+    Timeline,
+)
+
+CONTRACT = 1
+"""Version of this contract. An engine states the one it was written for."""
+
+Prompt = Any
+"""A batch of prompts in the engine's own form; opaque to core."""
+
+
+class EngineError(Exception):
+    """A candidate cannot go on, and the adapter knows why.
+
+    Args:
+        kind: failure kind, as in a plan.
+        reason: one line for the user; never prompt or output text.
+    """
+
+    def __init__(self, kind: FailureKind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind: FailureKind = kind
+        self.reason = reason
+
+
+class Probe(Record):
+    """What can run here, as seen from inside the engine's libraries."""
+
+    device: str
+    """The device that will be used: the one asked for, or the best one present."""
+    versions: dict[str, str]
+    """Distribution name to version, of everything that may change the figures."""
+    facts: dict[str, JsonValue] = {}
+    """Whatever `space` needs to know of the machine; opaque to core."""
+
+
+class SpaceRequest(Record):
+    """How wide the user wants to search."""
+
+    space: Space
+
+
+class Engine(ABC):
+    """Light half of an adapter; see the module's text for the order of calls."""
+
+    name: ClassVar[str]
+    """Name under which the user selects it; equal to the entry point's name."""
+    contract: ClassVar[int] = CONTRACT
+    placement: ClassVar[Literal["in_process", "children", "remote"]] = "in_process"
+    """Where the model runs: in the worker, in children of the worker, or at a remote endpoint."""
+    own_models: ClassVar[tuple[str, ...]] = ()
+    """Model ids (or prefixes ending in a colon) that only this engine understands, e.g. ``random:``.
+    The first one is its demonstration model."""
+
+    @abstractmethod
+    def probe(self, device: str | None) -> Probe:
+        """Find out what can run here (in a child process).
+
+        Args:
+            device: device asked for, None for the best one present.
+
+        Raises:
+            UsageError: that device is unknown or not there.
+        """
+
+    @abstractmethod
+    def describe(self, model: ModelRef, device: str) -> ModelShape:
+        """Read the model's shape from its metadata, without loading weights (in a child process).
+
+        Raises:
+            UsageError: no such model, not usable by this engine, or it cannot fit the device.
+        """
+
+    @abstractmethod
+    def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:
+        """All knobs with all values; core filters by space. A value that cannot run says why."""
+
+    @abstractmethod
+    def check(self, settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
+        """Why this combination is impossible, or None. Called before anything is tried."""
+
+    @abstractmethod
+    def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
+        """The one place where settings become actions: the adapter executes it, `snippet` prints it."""
+
+    @abstractmethod
+    def snippet(self, plan: Plan) -> Mapping[str, str]:
+        """File name to text; `snippet.py` runs as it is and prints the plan's metrics."""
+
+    @abstractmethod
+    def adapter(self) -> EngineAdapter:
+        """A new heavy half; called only in a worker."""
+
+    def instrument(self) -> Sequence[str]:
+        """What a timed call adds to the recipe, one line each; listed in the journal."""
+        return ()
+
+
+class EngineAdapter(ABC):
+    """Heavy half of an adapter: one loaded model in one process."""
+
+    @abstractmethod
+    def load_model(
+        self,
+        model_id: str,
+        dtype: str | None,
+        device: str,
+        attn_backend: str | None,
+        extra: Mapping[str, JsonValue],
+    ) -> None:
+        """Load the model; called once, with the recipe's `load`.
+
+        Raises:
+            EngineError: out of memory, unsupported setting, unreadable weights.
+        """
+
+    @abstractmethod
+    def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> Prompt:
+        """Build `batch` prompts of exactly `tokens` tokens each, outside any timed window.
+
+        Args:
+            source: where the text comes from; ``text`` and ``preset`` carry it in `value`.
+            nonce: prompts with different nonces differ from their first tokens on, so that no prefix
+                cache can hit by accident; equal arguments give equal prompts.
+        """
+
+    @abstractmethod
+    def prepare_cache(self, strategy: Recipe) -> None:
+        """Return to the state after load, then set up this recipe for the calls that follow."""
+
+    @abstractmethod
+    def run_decode(self, prompt: Prompt, max_new_tokens: int) -> Timeline:
+        """The timed call: exactly `max_new_tokens` tokens per prompt, by the prepared recipe.
+
+        Returns a timeline whose counts are what really happened; core rejects wrong ones.
+        """
+
+    @abstractmethod
+    def run_prefill(self, prompt: Prompt, max_new_tokens: int = 0) -> Timeline:
+        """Prefill with the scenario's cache size and as few tokens as the engine can do; never timed."""
+
+    @abstractmethod
+    def applied(self, prompt: Prompt) -> Applied:
+        """One untimed call with full read-back of what ran: cache, dtype, device, kernel, compilation."""
+
+    @abstractmethod
+    def measure_resources(self) -> Resources:
+        """Peak memory since the model was loaded, and which processes were counted."""
+
+    @abstractmethod
+    def cleanup(self) -> None:
+        """Release everything. Not called after a crash or a time-out."""

@@ -1,0 +1,1 @@
+"""Measuring in child processes: the parent holds the clockwork, a child holds the engine."""

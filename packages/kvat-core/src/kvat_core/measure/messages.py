@@ -1,0 +1,89 @@
+"""Messages between the measuring parent and its worker: a length, then that many bytes of JSON.
+
+Nothing but JSON crosses the pipe, and both sides validate what arrives.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Literal
+
+from pydantic import JsonValue, ValidationError
+
+from kvat_core.schema import FailureKind, PromptSource, Record
+
+MAX_BYTES = 8 * 2**20
+"""A longer message is an error of its sender."""
+
+_LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
+
+Operation = Literal[
+    "start", "probe", "describe", "load", "prepare", "prove", "decode", "prefill", "resources", "cleanup"
+]
+
+
+class Request(Record):
+    """One operation for the worker."""
+
+    operation: Operation
+    arguments: dict[str, JsonValue] = {}
+
+
+class Reply(Record):
+    """Its answer: a value, or how it failed. `usage` marks input that no other candidate would survive either."""
+
+    value: JsonValue = None
+    failure: FailureKind | None = None
+    reason: str = ""
+    usage: bool = False
+
+
+class PromptSpec(Record):
+    """What `make_prompt` needs; the text travels only here."""
+
+    source: PromptSource
+    tokens: int
+    batch: int
+    nonce: int
+
+
+class BadMessage(Exception):
+    """The other side sent something that is not a message."""
+
+
+def encode(message: Record) -> bytes:
+    """Bytes of one message.
+
+    Raises:
+        BadMessage: it is longer than `MAX_BYTES`.
+    """
+    body = message.model_dump_json().encode()
+    if len(body) > MAX_BYTES:
+        raise BadMessage(f"a message of {len(body)} bytes")
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_bytes(head: bytes) -> int:
+    """Length of the body that a head announces.
+
+    Raises:
+        BadMessage: it is longer than `MAX_BYTES`.
+    """
+    length: int = _LENGTH.unpack(head)[0]
+    if length > MAX_BYTES:
+        raise BadMessage(f"a message of {length} bytes")
+    return length
+
+
+def decode_reply(body: bytes) -> Reply:
+    """A validated reply.
+
+    Raises:
+        BadMessage: the body is not one.
+    """
+    try:
+        return Reply.model_validate(json.loads(body))
+    except (ValueError, ValidationError) as error:
+        raise BadMessage("a reply that is not valid") from error

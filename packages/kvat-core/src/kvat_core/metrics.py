@@ -1,0 +1,70 @@
+"""The metrics of a timed call, defined once; every output uses these definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+
+from kvat_core.schema import Sample, Scenario, Timeline
+
+
+def ttft_s(sample: Sample) -> float:
+    """Request start to first token on the host, seconds; of a batch, the slowest request."""
+    return max(request.ttft_s for request in sample.requests)
+
+
+def tpot_s(sample: Sample) -> float:
+    """(end - first token) / (n - 1), seconds per output token; of a batch, the mean over requests."""
+    values = [(request.e2e_s - request.ttft_s) / (request.output_tokens - 1) for request in sample.requests]
+    return sum(values) / len(values)
+
+
+def decode_tps(sample: Sample) -> float:
+    """batch · (n - 1) / (t_last - t_first), tokens per second, the first token apart."""
+    tokens = sum(request.output_tokens - 1 for request in sample.requests)
+    first = min(request.ttft_s for request in sample.requests)
+    last = max(request.e2e_s for request in sample.requests)
+    return tokens / (last - first)
+
+
+def e2e_s(sample: Sample) -> float:
+    """Request start to last token, seconds; of a batch, the slowest request."""
+    return max(request.e2e_s for request in sample.requests)
+
+
+def jitter(sample: Sample) -> float | None:
+    """p95 / p50 of the token gaps; None where the engine gives totals only."""
+    gaps = [gap for request in sample.requests for gap in request.token_gaps_s or ()]
+    if not gaps:
+        return None
+    gaps.sort()
+    p95 = gaps[min(len(gaps) - 1, math.ceil(0.95 * len(gaps)) - 1)]
+    return p95 / median(gaps)
+
+
+Metric = Callable[[Sample], float]
+
+
+def invalid_reason(timeline: Timeline, scenario: Scenario) -> str | None:
+    """Why a timeline must not become a number, or None.
+
+    Checks what an adapter reports against the scenario: request and token counts, one gap
+    fewer than tokens, and times that are finite, positive and in order.
+    """
+    if len(timeline.requests) != scenario.batch_size:
+        return f"{len(timeline.requests)} requests instead of {scenario.batch_size}"
+    for request in timeline.requests:
+        if request.prompt_tokens != scenario.prompt_tokens:
+            return f"{request.prompt_tokens} prompt tokens instead of {scenario.prompt_tokens}"
+        if request.output_tokens != scenario.output_tokens:
+            return f"{request.output_tokens} output tokens instead of {scenario.output_tokens}"
+        gaps = request.token_gaps_s
+        if gaps is not None and len(gaps) != request.output_tokens - 1:
+            return f"{len(gaps)} token gaps for {request.output_tokens} tokens"
+        times = (request.ttft_s, request.e2e_s, timeline.duration_s, *(gaps or ()))
+        if not all(math.isfinite(time) and time >= 0 for time in times):
+            return "times that are negative or not finite"
+        if not 0 < request.ttft_s < request.e2e_s:
+            return "a last token that is not after the first"
+    return None

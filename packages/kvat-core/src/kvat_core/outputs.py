@@ -1,0 +1,69 @@
+"""The files of a run: where they may go, and how they get there whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvat_core.errors import UsageError
+
+JOURNAL = "journal.jsonl"
+PLAN = "best_plan.json"
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Refuse a directory that cannot be used, before any work, touching nothing.
+
+    Raises:
+        UsageError: it is a file, not empty (without `force`), or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a new or empty directory")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UsageError(f"--out {out} is not empty; name another directory, or move it aside with --force")
+    existing = next(path for path in [out, *out.absolute().parents] if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+        raise UsageError(f"--out {out} cannot be written ({existing} is not a writable directory); name another one")
+
+
+def open_out(out: Path) -> None:
+    """Create the directory; what an earlier run left there is moved aside, not deleted.
+
+    Raises:
+        UsageError: the system refuses.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            out.rename(_free_name(out))
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be used: {error.strerror}; name another directory") from error
+
+
+def _free_name(out: Path) -> Path:
+    number = 1
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def write_files(out: Path, files: Mapping[str, str]) -> tuple[Path, ...]:
+    """Write each file whole or not at all: a temporary file beside it, moved into place."""
+    return tuple(_write(out / name, text) for name, text in files.items())
+
+
+def _write(path: Path, text: str) -> Path:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

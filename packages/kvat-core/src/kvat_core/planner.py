@@ -1,0 +1,179 @@
+"""Pure: journal → plan. The same journal always gives the same plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePath
+from statistics import median
+from typing import TYPE_CHECKING
+
+from kvat_core import metrics, scoring, stats
+from kvat_core.decision import Decision, decide
+from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.run import Run
+from kvat_core.schema import (
+    CandidateEntry,
+    CandidateResult,
+    Cell,
+    Choice,
+    Estimate,
+    JournalRef,
+    Plan,
+    PlanEngine,
+    PlanModel,
+    Sample,
+    ScenarioResult,
+    State,
+    WinnerMetrics,
+)
+
+if TYPE_CHECKING:
+    from kvat_core.schema import Header
+
+RANDOM_WEIGHTS_NOTE = (
+    "the weights are random: speed and memory are representative of the architecture, output and fidelity are not, "
+    "nor is the load time"
+)
+UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
+
+
+def make_plan(run: Run, journal: JournalRef) -> Plan:
+    """Decide from what was measured.
+
+    Raises:
+        AllFailed: no candidate has figures.
+        NothingFeasible: some have, but none of those may be recommended.
+    """
+    decision = decide(run)
+    if decision is None:
+        raise _no_winner(run)
+    header = run.header
+    return Plan(
+        kvat=header.kvat,
+        created=header.created,
+        engine=PlanEngine(name=header.engine, versions=header.versions),
+        model=PlanModel(
+            id=public_model_id(header.target.model.id),
+            revision=header.shape.revision,
+            weights=header.shape.weights,
+            sha256=header.shape.sha256,
+        ),
+        machine=header.machine,
+        profile=header.profile,
+        incumbent=_choice(run, run.incumbent),
+        winner=_choice(run, decision.winner),
+        verdict=decision.verdict,
+        ratio=decision.ratios,
+        confidence=decision.confidence,
+        equivalents=decision.equivalents,
+        metrics=_winner_metrics(run, decision.winner),
+        notes=_notes(header, run),
+        candidates=tuple(_result(run, entry, decision) for entry in run.candidates if _alias_of(run, entry) is None),
+        journal=journal,
+    )
+
+
+def public_model_id(model_id: str) -> str:
+    """The model's name as it may be shown to others: of a local path only the last part."""
+    if model_id.startswith((".", "/", "~")) or PurePath(model_id).is_absolute():
+        return f"./{PurePath(model_id).name}"
+    return model_id
+
+
+def _no_winner(run: Run) -> AllFailed | NothingFeasible:
+    measured = [name for name in run.live if scoring.complete_rounds(run, name)]
+    if measured:
+        return NothingFeasible(
+            "no measured candidate may be recommended: each may change the output; --set one to accept it"
+        )
+    kinds = sorted({failed.failure.kind for failed in run.failures.values()})
+    first = next((failed.failure.reason for failed in run.failures.values()), "nothing was measured")
+    return AllFailed(f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}")
+
+
+def _choice(run: Run, candidate_id: str) -> Choice:
+    candidate = next(entry.candidate for entry in run.candidates if entry.candidate.id == candidate_id)
+    return Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
+
+
+def _notes(header: Header, run: Run) -> tuple[str, ...]:
+    notes = list(header.notes)
+    if header.shape.weights == "random":
+        notes.append(RANDOM_WEIGHTS_NOTE)
+    if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
+        notes.append(UNJUDGED_NOTE)
+    return tuple(notes)
+
+
+def _winner_metrics(run: Run, winner: str) -> WinnerMetrics:
+    """Jitter of the winner; its error rate is that of its timed calls, of which a winner has none failed."""
+    samples = [sample for key in run.scenarios for sample in _samples(run, Cell(candidate=winner, scenario=key))]
+    jitters = [value for value in map(metrics.jitter, samples) if value is not None]
+    failed = sum(failed.cell.candidate == winner for failed in run.failed)
+    return WinnerMetrics(error_rate=failed / (failed + len(samples)), jitter=median(jitters) if jitters else None)
+
+
+def _samples(run: Run, cell: Cell) -> list[Sample]:
+    return [sample for samples in run.samples_of(cell).values() for sample in samples]
+
+
+def _alias_of(run: Run, entry: CandidateEntry) -> str | None:
+    """The candidate that stands for this one in every scenario, if there is one other than itself."""
+    name = entry.candidate.id
+    stand_ins = {run.original(Cell(candidate=name, scenario=key)).candidate for key in run.scenarios}
+    return stand_ins.pop() if len(stand_ins) == 1 and name not in stand_ins else None
+
+
+def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateResult:
+    candidate = entry.candidate
+    failed = run.failures.get(candidate.id)
+    return CandidateResult(
+        id=candidate.id,
+        label=candidate.label,
+        settings=candidate.settings,
+        state=_state(run, entry),
+        reason=None if failed else scoring.ineligible_reason(run, candidate.id),
+        failure=failed.failure if failed else None,
+        aliases=tuple(other.candidate.id for other in run.candidates if _alias_of(run, other) == candidate.id),
+        fidelity={"lossy": candidate.lossy},
+        score=decision.scores.get(candidate.id),
+        scenarios=tuple(_scenario_results(run, candidate.id)),
+    )
+
+
+def _state(run: Run, entry: CandidateEntry) -> State:
+    if entry.exclusion is not None:
+        return "excluded"
+    if entry.candidate.id in run.failures:
+        return "failed"
+    return "ok" if scoring.complete_rounds(run, entry.candidate.id) else "not_reached"
+
+
+def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
+    resources = {measured.cells[0]: measured.resources for measured in run.measured if len(measured.cells) == 1}
+    results = []
+    for key, scenario in run.scenarios.items():
+        cell = Cell(candidate=candidate_id, scenario=key)
+        rounds = run.samples_of(cell)
+        if not rounds:
+            continue
+        peak = resources.get(run.original(cell))
+        results.append(
+            ScenarioResult(
+                prompt_tokens=scenario.prompt_tokens,
+                output_tokens=scenario.output_tokens,
+                batch_size=scenario.batch_size,
+                ttft_s=_estimate(rounds, metrics.ttft_s),
+                tpot_s=_estimate(rounds, metrics.tpot_s),
+                decode_tps=_estimate(rounds, metrics.decode_tps),
+                e2e_s=_estimate(rounds, metrics.e2e_s),
+                peak_device_bytes=peak.peak_device_bytes if peak else None,
+                peak_host_bytes=peak.peak_host_bytes if peak else None,
+                kv_cache_bytes=peak.kv_cache_bytes if peak else None,
+            )
+        )
+    return results
+
+
+def _estimate(rounds: dict[int, list[Sample]], metric: Callable[[Sample], float]) -> Estimate:
+    return stats.estimate([median(metric(sample) for sample in samples) for _, samples in sorted(rounds.items())])

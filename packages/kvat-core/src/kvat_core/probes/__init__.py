@@ -1,0 +1,1 @@
+"""What this machine is, read from the operating system and the driver."""

@@ -1,0 +1,129 @@
+"""The records of a journal: everything that happened in a run, in order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kvat_core.schema._base import FORMAT, Record
+from kvat_core.schema.machine import Machine
+from kvat_core.schema.measurement import Applied, Failure, Resources, Sample
+from kvat_core.schema.model import ModelRef, ModelShape
+from kvat_core.schema.space import Candidate, Space
+from kvat_core.schema.workload import Profile
+
+
+class Target(Record):
+    """What is tuned, and on what: with candidate and scenario, all that a recipe may depend on."""
+
+    model: ModelRef
+    device: str
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; null = the engine's default")
+
+
+class Header(Record):
+    """First record: the request and where it is carried out. Holds no prompt text."""
+
+    format: Literal[1] = FORMAT
+    kvat: str
+    created: str
+    engine: str
+    versions: dict[str, str]
+    target: Target
+    shape: ModelShape
+    machine: Machine
+    profile: Profile
+    space: Space
+    pinned: dict[str, str] = Field(description="--set")
+    excluded: tuple[tuple[str, str], ...] = Field(description="--exclude")
+    seed: int
+    instrument: tuple[str, ...] = Field(description="what a timed call adds to the recipe")
+    notes: tuple[str, ...] = ()
+
+
+class CandidateEntry(Record):
+    """A candidate of this run; with an exclusion it is never tried."""
+
+    candidate: Candidate
+    incumbent: bool = False
+    exclusion: str | None = None
+
+
+class Cell(Record):
+    """One candidate in one scenario."""
+
+    candidate: str
+    scenario: str
+
+
+class LaunchOrder(Record):
+    """One load of the model in a fresh process, and the cells to measure in it."""
+
+    launch: int
+    round: int
+    purpose: Literal["timing", "memory"]
+    cells: tuple[Cell, ...] = Field(min_length=1)
+
+
+class Loaded(Record):
+    """A worker is ready."""
+
+    launch: int
+    start_s: float = Field(description="spawn until the engine's libraries are imported")
+    load_s: float = Field(description="load_model")
+
+
+class Proof(Record):
+    """Read-back of the untimed proof call of a cell."""
+
+    launch: int
+    cell: Cell
+    applied: Applied
+
+
+class Failed(Record):
+    """A cell ended without its samples."""
+
+    launch: int
+    cell: Cell
+    failure: Failure
+
+
+class Measured(Record):
+    """Peak memory: of one cell in a process of its own, or of all cells of a shared launch together."""
+
+    launch: int
+    cells: tuple[Cell, ...]
+    resources: Resources
+
+
+class LaunchEnd(Record):
+    """A launch is over, in whatever way."""
+
+    launch: int
+    wall_s: float
+    generate_s: float = Field(description="spent inside proof, warm-up and timed calls")
+
+
+class End(Record):
+    """Last record of a finished run."""
+
+    wall_s: float
+
+
+Event = Header | CandidateEntry | LaunchOrder | Loaded | Proof | Sample | Failed | Measured | LaunchEnd | End
+
+EVENT_TYPES: dict[str, type[Record]] = {
+    "header": Header,
+    "candidate": CandidateEntry,
+    "launch": LaunchOrder,
+    "loaded": Loaded,
+    "proof": Proof,
+    "sample": Sample,
+    "failed": Failed,
+    "measured": Measured,
+    "launch_end": LaunchEnd,
+    "end": End,
+}
+"""Name of each record type in the journal."""

@@ -1,0 +1,38 @@
+"""The model under test: how it is named, and what its shape tells without loading it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kvat_core.schema._base import Record
+
+
+class ModelRef(Record):
+    """Which model, as the user named it."""
+
+    id: str = Field(description="hub id, local directory, or an engine's own scheme such as builtin:llama")
+    revision: str | None = Field(default=None, description="hub revision; null where there is none")
+    allow_download: bool = Field(default=False, description="whether the engine may fetch missing files")
+
+
+class ModelShape(Record):
+    """What an engine knows of a model from its metadata alone.
+
+    A value that the metadata cannot tell is null: *no prediction*, never a guess.
+    """
+
+    architecture: str
+    layers: int = Field(gt=0)
+    attention: tuple[Literal["full", "sliding", "other"], ...] = Field(description="kind per layer")
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = Field(default=None, description="tokens; null without windowed layers")
+    max_context_tokens: int | None = Field(default=None, description="longest position, prompt and output together")
+    dtype: str | None = Field(default=None, description="dtype the weights are stored in")
+    weight_bytes: int | None = None
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    revision: str | None = Field(default=None, description="revision that was resolved, where the source has any")
+    sha256: str | None = Field(default=None, description="digest of the weight files, where they are local")
+    has_tokenizer: bool = True

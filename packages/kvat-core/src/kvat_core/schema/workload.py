@@ -1,0 +1,88 @@
+"""The traffic to tune for: scenarios, objective and prompt source make a profile."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from kvat_core.schema._base import FORMAT, Record
+
+
+class Scenario(Record):
+    """One shape of request: a closed batch of equal prompts with an exact number of output tokens."""
+
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=2, description="at least 2: a decode rate needs a gap between two tokens")
+    batch_size: int = Field(default=1, ge=1)
+    weight: float = Field(default=1.0, gt=0, description="share of this shape in the traffic, relative to the others")
+
+    @property
+    def key(self) -> str:
+        """Name of the shape in journal and report, independent of its weight."""
+        return f"{self.prompt_tokens}+{self.output_tokens}x{self.batch_size}"
+
+    @property
+    def total_tokens(self) -> int:
+        """Positions that one request occupies in the cache."""
+        return self.prompt_tokens + self.output_tokens
+
+
+class Objective(Record):
+    """Weights of the score: each metric counts as a ratio to the incumbent, raised to its share."""
+
+    ttft: float = Field(default=0.0, ge=0, description="time to first token")
+    decode: float = Field(default=0.0, ge=0, description="decode tokens per second")
+    memory: float = Field(default=0.0, ge=0, description="peak of the memory that binds")
+    stability: float = Field(default=0.0, ge=0, description="p95 / p50 of the token gaps")
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if sum(self.shares().values()) <= 0:
+            raise ValueError("at least one weight must be positive")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Weight per metric, as given."""
+        return {"ttft": self.ttft, "decode": self.decode, "memory": self.memory, "stability": self.stability}
+
+
+class PromptSource(Record):
+    """Where the text of the prompts comes from. The text itself is in no output of a run."""
+
+    kind: Literal["preset", "text", "file"]
+    value: str | None = Field(
+        description="preset name, the text, or the file's path; null in outputs for the latter two"
+    )
+
+    def redacted(self) -> PromptSource:
+        """The same source without anything a user wrote."""
+        return self if self.kind == "preset" else self.model_copy(update={"value": None})
+
+
+class Profile(Record):
+    """A kind of traffic, what counts in it, and how often to measure."""
+
+    format: Literal[1] = FORMAT
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    scenarios: tuple[Scenario, ...] = Field(min_length=1)
+    objective: Objective
+    prompt: PromptSource = PromptSource(kind="preset", value="chat")
+    launches: int = Field(
+        default=3, ge=1, le=100, description="loads of the model per candidate: the unit of replication"
+    )
+    samples: int = Field(default=3, ge=1, le=1000, description="timed calls per launch, candidate and scenario")
+    warmup: int | None = Field(default=None, ge=1, le=100, description="warm-up calls; null = the engine's own number")
+
+    @field_validator("scenarios")
+    @classmethod
+    def _distinct(cls, scenarios: tuple[Scenario, ...]) -> tuple[Scenario, ...]:
+        if len({scenario.key for scenario in scenarios}) < len(scenarios):
+            raise ValueError("two scenarios have the same prompt, output and batch size")
+        return scenarios
+
+    def redacted(self) -> Profile:
+        """The profile as it may be written to a journal or a plan."""
+        return self.model_copy(update={"prompt": self.prompt.redacted()})

@@ -1,0 +1,123 @@
+"""Pure: what the journal says of a candidate → its utility per block, or why it has none.
+
+Utility is the logarithm of a weighted geometric mean: Σ scenarios · Σ metrics, each metric
+signed so that more is better. The difference of two utilities in the same block is the log of
+their score ratio; 1.00 is the incumbent. There are no absolute scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from kvat_core import metrics
+from kvat_core.run import Run
+from kvat_core.schema import Cell, Resources, Sample
+
+MEMORY_PLENTY = 0.5
+"""A peak under this share of the memory that binds earns nothing for being smaller still."""
+
+
+@dataclass(frozen=True)
+class Utility:
+    """Log utility of a candidate, and of its two speeds alone, per complete block (round)."""
+
+    score: dict[int, float]
+    ttft: dict[int, float]
+    decode: dict[int, float]
+
+
+def ineligible_reason(run: Run, candidate_id: str) -> str | None:
+    """Why a candidate that may have figures must not be recommended, or None."""
+    entry = next(entry for entry in run.candidates if entry.candidate.id == candidate_id)
+    if entry.exclusion is not None:
+        return entry.exclusion
+    if candidate_id not in run.live:
+        return "failed"
+    if not complete_rounds(run, candidate_id):
+        return "not measured in every scenario"
+    if entry.candidate.lossy:
+        return "may change the output beyond rounding, which this run does not judge; pin it with --set to accept that"
+    return None
+
+
+def complete_rounds(run: Run, candidate_id: str) -> list[int]:
+    """Rounds in which the candidate has every sample of every scenario."""
+    wanted = run.header.profile.samples
+    per_scenario = [
+        {
+            number
+            for number, samples in run.samples_of(Cell(candidate=candidate_id, scenario=key)).items()
+            if len(samples) >= wanted
+        }
+        for key in run.scenarios
+    ]
+    return sorted(set.intersection(*per_scenario))
+
+
+def utility(run: Run, candidate_id: str) -> Utility:
+    """Utility of a candidate in every round that is complete for it."""
+    rounds = complete_rounds(run, candidate_id)
+    shares = run.header.profile.objective.shares()
+    total = sum(shares.values())
+    ttft = _log_metric(run, candidate_id, metrics.ttft_s, rounds)
+    decode = _log_metric(run, candidate_id, metrics.decode_tps, rounds)
+    unsteady = _log_metric(run, candidate_id, lambda sample: metrics.jitter(sample) or 1.0, rounds)
+    memory = memory_log(run, candidate_id)
+    score = {
+        number: (
+            -shares["ttft"] * ttft[number]
+            + shares["decode"] * decode[number]
+            - shares["stability"] * unsteady[number]
+            - shares["memory"] * memory
+        )
+        / total
+        for number in rounds
+    }
+    return Utility(score=score, ttft={number: -ttft[number] for number in rounds}, decode=decode)
+
+
+def _log_metric(run: Run, candidate_id: str, metric: Callable[[Sample], float], rounds: list[int]) -> dict[int, float]:
+    """Per round: weighted mean over scenarios of the log of the launch median."""
+    weights = {key: scenario.weight for key, scenario in run.scenarios.items()}
+    cells = {key: run.samples_of(Cell(candidate=candidate_id, scenario=key)) for key in weights}
+    return {
+        number: sum(weights[key] * math.log(median(metric(sample) for sample in cells[key][number])) for key in weights)
+        / sum(weights.values())
+        for number in rounds
+    }
+
+
+def own_resources(run: Run, candidate_id: str) -> Resources | None:
+    """Peaks of the candidate in a process of its own, where that was measured."""
+    mine = [run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
+    return next(
+        (measured.resources for measured in run.measured if len(measured.cells) == 1 and measured.cells[0] in mine),
+        None,
+    )
+
+
+def memory_binds(run: Run) -> bool:
+    """Whether any launch used so much that a smaller peak is worth something.
+
+    The peak of a shared launch bounds the peak of each candidate in it from above.
+    """
+    return any(_share_used(run, measured.resources) > MEMORY_PLENTY for measured in run.measured)
+
+
+def memory_log(run: Run, candidate_id: str) -> float:
+    """Log of the binding memory's peak in bytes; 0 for all where memory is plentiful or unknown."""
+    if not memory_binds(run):
+        return 0.0
+    resources = own_resources(run, candidate_id)
+    peak = resources and (resources.peak_device_bytes or resources.peak_host_bytes)
+    return math.log(peak) if peak else 0.0
+
+
+def _share_used(run: Run, resources: Resources) -> float:
+    machine = run.header.machine
+    if resources.peak_device_bytes is not None and machine.gpus and machine.gpus[0].memory_bytes:
+        return resources.peak_device_bytes / machine.gpus[0].memory_bytes
+    return (resources.peak_host_bytes or 0) / machine.memory_bytes
