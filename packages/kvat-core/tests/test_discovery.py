@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import zipfile
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+CORE = version("kvat-core")
 
 ENGINE = """
     from kvat_core.fake import FakeEngine
@@ -115,7 +118,7 @@ class Site:
 
     def __init__(self, root: Path, packages: list[Package]) -> None:
         self.path = root / "site"
-        metadata = Path(str(distribution("kvat-core").locate_file(""))) / "kvat_core-0.1.0.dist-info"
+        metadata = Path(str(distribution("kvat-core").locate_file(f"kvat_core-{CORE}.dist-info")))
         shutil.copytree(metadata, self.path / metadata.name)
         if packages:
             wheels = [str(package.wheel(root)) for package in packages]
@@ -126,7 +129,7 @@ class Site:
         """Value of the expression in a fresh interpreter; of a UsageError its text."""
         program = f"{ISOLATE}\ntry:\n    answer = {expression}\nexcept UsageError as error:\n    answer = str(error)\n"
         program += "print(json.dumps(answer))"
-        path = ":".join(str(folder) for folder in (self.path, *more))
+        path = os.pathsep.join(str(folder) for folder in (self.path, *more))
         command = [sys.executable, "-S", "-c", program]
         done = subprocess.run(command, env={"PYTHONPATH": path}, check=True, capture_output=True, text=True)
         return json.loads(done.stdout)
@@ -157,14 +160,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 def test_every_engine_is_listed_with_who_is_to_blame(zoo: Site) -> None:
     statuses = zoo.ask("[[s.name, s.distribution, s.version, s.state, s.cause] for s in discovery.engine_statuses()]")
-    twins = "registered by kvat-core 0.1.0 and by kvat-twin 2.0"
+    twins = f"registered by kvat-core {CORE} and by kvat-twin 2.0"
 
     assert statuses == [
         ["alias", "kvat-misnamed", "0.8", "broken", "registered as 'alias', but the class is named 'fine'"],
         ["broken", "kvat-broken", "0.3", "broken", "RuntimeError: no driver, sorry"],
-        ["fake", "kvat-core", "0.1.0", "duplicate", twins],
+        ["fake", "kvat-core", CORE, "duplicate", twins],
         ["fake", "kvat-twin", "2.0", "duplicate", twins],
-        ["fake-server", "kvat-core", "0.1.0", "ok", None],
+        ["fake-server", "kvat-core", CORE, "ok", None],
         ["fine", "kvat-fine", "1.2", "ok", None],
         [
             "future",
@@ -211,7 +214,7 @@ def test_loading_one_engine_imports_no_other(zoo: Site) -> None:
             "engine 'future' of kvat-future 7.1 is written for contract 99, this kvat-core supports 1; "
             "upgrade kvat-core",
         ),
-        ("fake", "engine 'fake' is registered by kvat-core 0.1.0 and by kvat-twin 2.0; uninstall one of them"),
+        ("fake", f"engine 'fake' is registered by kvat-core {CORE} and by kvat-twin 2.0; uninstall one of them"),
         (
             "absent",
             "no engine is called 'absent'; available: alias, broken, fake, fake-server, fine, future, gone, quitter, "

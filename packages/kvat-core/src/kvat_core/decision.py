@@ -43,7 +43,7 @@ class _Field:
         self.utilities = {
             candidate: scoring.utility(run, candidate)
             for candidate in run.live
-            if scoring.complete_rounds(run, candidate)
+            if run.alias_of(candidate) is None and scoring.complete_rounds(run, candidate)
         }
         self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
         self.noise_floor = self._noise_floor()

@@ -68,7 +68,9 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         equivalents=decision.equivalents,
         metrics=_winner_metrics(run, decision.winner),
         notes=_notes(header, run),
-        candidates=tuple(_result(run, entry, decision) for entry in run.candidates if _alias_of(run, entry) is None),
+        candidates=tuple(
+            _result(run, entry, decision) for entry in run.candidates if run.alias_of(entry.candidate.id) is None
+        ),
         journal=journal,
     )
 
@@ -117,13 +119,6 @@ def _samples(run: Run, cell: Cell) -> list[Sample]:
     return [sample for samples in run.samples_of(cell).values() for sample in samples]
 
 
-def _alias_of(run: Run, entry: CandidateEntry) -> str | None:
-    """The candidate that stands for this one in every scenario, if there is one other than itself."""
-    name = entry.candidate.id
-    stand_ins = {run.original(Cell(candidate=name, scenario=key)).candidate for key in run.scenarios}
-    return stand_ins.pop() if len(stand_ins) == 1 and name not in stand_ins else None
-
-
 def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateResult:
     candidate = entry.candidate
     failed = run.failures.get(candidate.id)
@@ -134,7 +129,9 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateRes
         state=_state(run, entry),
         reason=None if failed else scoring.ineligible_reason(run, candidate.id),
         failure=failed.failure if failed else None,
-        aliases=tuple(other.candidate.id for other in run.candidates if _alias_of(run, other) == candidate.id),
+        aliases=tuple(
+            other.candidate.id for other in run.candidates if run.alias_of(other.candidate.id) == candidate.id
+        ),
         fidelity={"lossy": candidate.lossy},
         score=decision.scores.get(candidate.id),
         scenarios=tuple(_scenario_results(run, candidate.id)),
@@ -150,14 +147,14 @@ def _state(run: Run, entry: CandidateEntry) -> State:
 
 
 def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
-    resources = {measured.cells[0]: measured.resources for measured in run.measured if len(measured.cells) == 1}
+    memory = run.own_memory
     results = []
     for key, scenario in run.scenarios.items():
         cell = Cell(candidate=candidate_id, scenario=key)
         rounds = run.samples_of(cell)
         if not rounds:
             continue
-        peak = resources.get(run.original(cell))
+        peak = memory.get(run.original(cell))
         results.append(
             ScenarioResult(
                 prompt_tokens=scenario.prompt_tokens,

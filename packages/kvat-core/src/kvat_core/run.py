@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
+from pydantic import JsonValue
+
 from kvat_core.schema import (
     CandidateEntry,
     Cell,
@@ -17,6 +19,7 @@ from kvat_core.schema import (
     Loaded,
     Measured,
     Proof,
+    Resources,
     Sample,
     Scenario,
 )
@@ -37,6 +40,7 @@ class Run:
         self.ended: list[LaunchEnd] = []
         self.end: End | None = None
         self._by_cell: dict[Cell, dict[int, list[Sample]]] = {}
+        self._applied: dict[Cell, dict[str, JsonValue]] = {}
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> Run:
@@ -65,6 +69,7 @@ class Run:
                 self.loaded.append(event)
             case Proof():
                 self.proofs.append(event)
+                self._applied[event.cell] = event.applied.values
             case Sample():
                 self.samples.append(event)
                 cell = Cell(candidate=event.candidate, scenario=event.scenario)
@@ -107,19 +112,35 @@ class Run:
             first.setdefault(failed.cell.candidate, failed)
         return first
 
+    @property
+    def own_memory(self) -> dict[Cell, Resources]:
+        """Peaks of the cells that had a process of their own, without a profiler."""
+        alone = {order.launch: order.cells[0] for order in self.launches if order.purpose == "memory"}
+        return {alone[one.launch]: one.resources for one in self.measured if one.launch in alone}
+
     def original(self, cell: Cell) -> Cell:
-        """The cell that stands for this one: itself, or the first cell proven to run the very same thing."""
-        mine = next((proof for proof in self.proofs if proof.cell == cell), None)
-        if mine is None:
-            return cell
-        return next(
-            proof.cell
-            for proof in self.proofs
-            if proof.cell.scenario == cell.scenario
-            and proof.applied.values == mine.applied.values
-            and (proof.cell == cell or proof.cell.candidate not in self.failures)
-        )
+        """The cell that stands for this one: the first of the space that was proven to run the very same thing."""
+        return self._same_as(cell)[0]
+
+    def alias_of(self, candidate_id: str) -> str | None:
+        """The other candidate that stands for this one in every scenario, if there is one."""
+        originals = {self.original(Cell(candidate=candidate_id, scenario=key)).candidate for key in self.scenarios}
+        return originals.pop() if len(originals) == 1 and candidate_id not in originals else None
 
     def samples_of(self, cell: Cell) -> dict[int, list[Sample]]:
-        """Timed calls of a cell, or of the cell that stands for it, by round."""
-        return self._by_cell.get(self.original(cell), {})
+        """Timed calls of a cell, under whichever of its aliases they were taken, by round."""
+        rounds: dict[int, list[Sample]] = {}
+        for same in self._same_as(cell):
+            for number, samples in self._by_cell.get(same, {}).items():
+                rounds.setdefault(number, []).extend(samples)
+        return rounds
+
+    def _same_as(self, cell: Cell) -> list[Cell]:
+        """Cells that run the very same thing as this one, itself among them, in the order of the space."""
+        values = self._applied.get(cell)
+        if values is None or cell.candidate in self.failures:
+            return [cell]
+        candidates = [
+            name for name in self.live if self._applied.get(cell.model_copy(update={"candidate": name})) == values
+        ]
+        return [Cell(candidate=name, scenario=cell.scenario) for name in candidates]

@@ -92,11 +92,9 @@ def _log_metric(run: Run, candidate_id: str, metric: Callable[[Sample], float], 
 
 def own_resources(run: Run, candidate_id: str) -> Resources | None:
     """Peaks of the candidate in a process of its own, where that was measured."""
-    mine = [run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
-    return next(
-        (measured.resources for measured in run.measured if len(measured.cells) == 1 and measured.cells[0] in mine),
-        None,
-    )
+    memory = run.own_memory
+    originals = (run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios)
+    return next((memory[cell] for cell in originals if cell in memory), None)
 
 
 def memory_binds(run: Run) -> bool:

@@ -59,13 +59,17 @@ class Client(Protocol):
     ) -> None: ...
 
 
-def value_or_raise(reply: Reply, phase: str, stderr_tail: str = "") -> JsonValue:
-    """Value of a reply; its failure as an exception."""
+def value_or_raise(reply: Reply, phase: str) -> JsonValue:
+    """Value of a reply; its failure as an exception.
+
+    Raises:
+        UsageError: the engine says that the input cannot be used at all.
+        WorkerFailed: the request failed; the worker can go on.
+    """
     if reply.usage:
         raise UsageError(reply.reason)
     if reply.failure is not None:
-        failure = Failure(kind=reply.failure, phase=phase, reason=reply.reason, stderr_tail=stderr_tail)
-        raise WorkerFailed(failure, alive=True)
+        raise WorkerFailed(Failure(kind=reply.failure, phase=phase, reason=reply.reason), alive=True)
     return reply.value
 
 
@@ -103,13 +107,18 @@ class WorkerProcess:
             reply = messages.decode_reply(self._read(length, deadline))
         except TimeoutError:
             self._kill()
-            raise self._failed(Failure(kind="timeout", phase=phase, reason=f"no answer in {timeout_s:g} s")) from None
+            failure = Failure(kind="timeout", phase=phase, reason=f"no answer in {timeout_s:g} s")
+            raise self._with_stderr(failure, alive=False) from None
         except (EOFError, BrokenPipeError):
-            raise self._failed(self._end_of_process(phase)) from None
+            raise self._with_stderr(self._end_of_process(phase), alive=False) from None
         except BadMessage as error:
             self._kill()
-            raise self._failed(Failure(kind="no_output", phase=phase, reason=f"the worker sent {error}")) from None
-        return value_or_raise(reply, phase, self._stderr.text())
+            failure = Failure(kind="no_output", phase=phase, reason=f"the worker sent {error}")
+            raise self._with_stderr(failure, alive=False) from None
+        try:
+            return value_or_raise(reply, phase)
+        except WorkerFailed as failed:
+            raise self._with_stderr(failed.failure, alive=True) from None
 
     def _read(self, size: int, deadline: float) -> bytes:
         """Exactly `size` bytes of the reply, or EOFError, or TimeoutError at the deadline."""
@@ -125,8 +134,8 @@ class WorkerProcess:
                 data += chunk
         return data
 
-    def _failed(self, failure: Failure) -> WorkerFailed:
-        return WorkerFailed(failure.model_copy(update={"stderr_tail": self._stderr.text()}), alive=False)
+    def _with_stderr(self, failure: Failure, alive: bool) -> WorkerFailed:
+        return WorkerFailed(failure.model_copy(update={"stderr_tail": self._stderr.text()}), alive)
 
     def _end_of_process(self, phase: str) -> Failure:
         """Why the pipe is closed."""

@@ -1,0 +1,72 @@
+"""The one place where an exception becomes a line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+from kvat_report.text import one_line
+
+from kvat_cli.app import app
+
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: words after `kvat`; None for those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out before parsing, so that it works at every place in the line and for errors of parsing, too.
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"] or ["--help"]
+    _never_fail_to_encode()
+    try:
+        code = app(words, prog_name="kvat", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Else the interpreter would complain about the same pipe once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+    if code == INTERRUPTED:
+        print("kvat: interrupted", file=sys.stderr)
+    return int(code)
+
+
+def _never_fail_to_encode() -> None:
+    """A label that the terminal's encoding lacks must not spoil the end of a long run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _explain(error: Exception) -> int:
+    # Not at the top: it imports pydantic, which `kvat --help` does not need.
+    from kvat_core.errors import KvatError
+
+    if isinstance(error, KvatError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "kvat"
+        return _say(f"{error.format_message().rstrip('.')}; see {command} --help", error.exit_code)
+    # The type alone: the text of a foreign exception may hold a prompt.
+    return _say(f"internal error ({type(error).__name__}); repeat with --debug for the traceback", INTERNAL_ERROR)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"kvat: error: {one_line(message)}", file=sys.stderr)
+    return code

@@ -1,0 +1,40 @@
+"""`kvat doctor`: is this machine fit for measuring?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvat_core.schema import Machine
+
+
+def doctor() -> None:
+    """Show the machine, what makes its measurements noisy and what to do, and the installed engines."""
+    from kvat_core.machine import read_machine, warnings
+
+    from kvat_cli.columns import columns
+    from kvat_cli.commands.engines import engines
+
+    print(columns(_facts(read_machine("cpu", None))))
+    findings = warnings()
+    print("\nNoise:" if findings else "\nNoise: nothing found that disturbs measurements")
+    for finding in findings:
+        print(f"- {finding}")
+    print("\nEngines:")
+    engines()
+
+
+def _facts(machine: Machine) -> list[tuple[str, str]]:
+    from kvat_report import numbers
+
+    gpus = [
+        ("GPU", f"{gpu.name}, {numbers.size(gpu.memory_bytes)}, driver {gpu.driver or 'unknown'}")
+        for gpu in machine.gpus
+    ]
+    return [
+        ("CPU", f"{machine.cpu}, {machine.cores} usable cores"),
+        ("memory", numbers.size(machine.memory_bytes)),
+        *(gpus or [("GPU", "none found")]),
+        ("system", machine.os),
+        ("Python", machine.python),
+    ]

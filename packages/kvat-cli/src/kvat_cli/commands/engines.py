@@ -1,0 +1,16 @@
+"""`kvat engines`: what is installed, and whether it works."""
+
+from __future__ import annotations
+
+
+def engines() -> None:
+    """List the installed engines; one that cannot be used is named with its package and the cause."""
+    from kvat_core.discovery import engine_statuses
+
+    from kvat_cli.columns import columns
+
+    rows = [
+        (engine.name, engine.distribution, engine.version, engine.state.replace("_", " "), engine.cause or "")
+        for engine in engine_statuses()
+    ]
+    print(columns([("NAME", "DISTRIBUTION", "VERSION", "STATE", "CAUSE"), *rows]))

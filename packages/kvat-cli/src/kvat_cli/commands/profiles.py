@@ -1,0 +1,39 @@
+"""`kvat profiles`: the kinds of traffic that can be named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvat_core import Profile
+
+
+def profiles(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|FILE]", help="Print this one as JSON, to start your own from.")
+    ] = None,
+) -> None:
+    """List the profiles with their scenarios (prompt + output tokens x batch size) and weights."""
+    from kvat_core import load_profile, presets
+
+    from kvat_cli.columns import columns
+
+    if name is not None:
+        print(load_profile(name).model_dump_json(indent=2))
+        return
+    rows = [_row(profile) for profile in presets().values()]
+    print(columns([("NAME", "SCENARIOS (SHARE)", "SCORE WEIGHS", "DESCRIPTION"), *rows]))
+
+
+def _row(profile: Profile) -> tuple[str, str, str, str]:
+    scenarios = {scenario.key: scenario.weight for scenario in profile.scenarios}
+    return profile.name, _shares(scenarios, "{} ({})"), _shares(profile.objective.shares(), "{} {}"), profile.description
+
+
+def _shares(weights: dict[str, float], shown: str) -> str:
+    from kvat_report import numbers
+
+    total = sum(weights.values())
+    return ", ".join(shown.format(name, numbers.percent(weight / total)) for name, weight in weights.items() if weight)

@@ -1,0 +1,83 @@
+"""`kvat tune`: measure, decide, hand over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+UNDECIDED = 3
+
+Pairs = list[str] | None
+
+
+def tune(
+    engine: Annotated[str | None, typer.Option(help="Engine, where several are installed.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model id, directory, or one of the engine's own; default: its demonstration.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Let the engine fetch missing files of the model.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="E.g. cpu, cuda, cuda:1, mps; default: the best one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the engine's own.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Kind of traffic, see kvat profiles.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Prompt lengths in tokens instead of the profile's.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N", help="Batch sizes instead of the profile's.")] = None,
+    space: Annotated[Literal["safe", "default", "full"], typer.Option(help="How much to try.")] = "safe",
+    pin: Annotated[
+        Pairs, typer.Option("--set", metavar="KNOB=V", help="Give every candidate this value; repeatable.")
+    ] = None,
+    exclude: Annotated[Pairs, typer.Option(metavar="KNOB=V", help="Try no such candidate; repeatable.")] = None,
+    incumbent: Annotated[
+        Pairs, typer.Option(metavar="KNOB=V", help="What runs today, where it is not the default; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For the results; default: kvat-out/MODEL-PROFILE.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Move an earlier run in DIR aside.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
+) -> int:
+    """Measure which settings are fastest, and write plan, code, report and journal."""
+    from kvat_core import tuner
+    from kvat_core.errors import UsageError
+
+    from kvat_cli.display import open_display
+    from kvat_cli.options import pairs, settings, whole_numbers
+    from kvat_cli.summary import print_summary
+
+    if quiet and as_json:
+        raise UsageError("kvat tune takes one of --quiet and --json")
+    request = tuner.TuneRequest(
+        out=out,
+        engine=engine,
+        model=model,
+        revision=revision,
+        allow_download=allow_download,
+        device=device,
+        threads=threads,
+        profile=profile,
+        contexts=whole_numbers("--context", context),
+        batches=whole_numbers("--batch", batch),
+        space=space,
+        pinned=settings("--set", pin),
+        excluded=pairs("--exclude", exclude),
+        incumbent=settings("--incumbent", incumbent),
+        seed=seed,
+        force=force,
+    )
+    with open_display(silent=quiet or as_json) as on_progress:
+        result = tuner.tune(request, on_progress)
+    if as_json:
+        print(result.plan.model_dump_json(indent=2))
+    elif not quiet:
+        print_summary(result)
+    return UNDECIDED if result.plan.verdict == "undecided" else 0

@@ -1,0 +1,47 @@
+"""The live table of a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kvat_report import one_line
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvat_cli.display._known import rows, state
+
+if TYPE_CHECKING:
+    from kvat_core.tuner import Progress
+
+_COLUMNS = ("candidate", "scenario", "samples", "TTFT", "decode", "failure")
+
+
+class LiveTable:
+    """Redrawn when something has happened, and gone at the end; a context manager."""
+
+    def __init__(self) -> None:
+        # No refresh by a timer: it would run beside the timed calls and disturb them.
+        self._live = Live(console=Console(), auto_refresh=False, transient=True)
+
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show this moment of a run."""
+        self._live.update(_picture(progress), refresh=True)
+
+
+def _picture(progress: Progress) -> Group:
+    table = Table(*_COLUMNS)
+    for row in rows(progress.run):
+        # Text, because a plain string would be read as markup.
+        table.add_row(*(Text(one_line(cell)) for cell in astuple(row)))
+    return Group(Text(one_line(progress.activity)), Text(state(progress)), table)

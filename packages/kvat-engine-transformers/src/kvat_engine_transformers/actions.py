@@ -1,0 +1,72 @@
+"""A recipe's data as Python objects; `snippet` writes the same objects as source code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from kvat_core.schema import ContextCall, Recipe
+from pydantic import JsonValue
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CompileConfig
+
+
+@contextmanager
+def entered(recipe: Recipe) -> Iterator[None]:
+    """All of the recipe's contexts, in order."""
+    with ExitStack() as stack:
+        for call in recipe.context:
+            stack.enter_context(_context(call))
+        yield
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """The keyword arguments of `generate`."""
+    return {name: _argument(name, value) for name, value in recipe.arguments.items()}
+
+
+def slots(recipe: Recipe) -> int | None:
+    """Length of the static cache that the recipe asks for; None for a dynamic one."""
+    return cast("int | None", recipe.arguments.get("max_cache_len"))
+
+
+def grad_mode(recipe: Recipe) -> str:
+    """Without a context of the recipe's own it is what `generate` itself enters."""
+    modes = [call.name.removeprefix("torch.") for call in recipe.context if call.name == "torch.inference_mode"]
+    return modes[0] if modes else "no_grad"
+
+
+def forced_kernel(recipe: Recipe) -> str | None:
+    """Name of the `SDPBackend` that the recipe forces, or None where torch chooses."""
+    names = [str(call.arguments[0]) for call in recipe.context if call.name == "torch.nn.attention.sdpa_kernel"]
+    return names[0] if names else None
+
+
+def compile_mode(recipe: Recipe) -> str:
+    """Mode of `torch.compile`, or ``off``."""
+    config = recipe.arguments.get("compile_config")
+    return str(config["mode"]) if isinstance(config, dict) else "off"
+
+
+def _context(call: ContextCall) -> Any:
+    if call.name == "torch.inference_mode":
+        return torch.inference_mode()
+    if call.name == "torch.nn.attention.sdpa_kernel":
+        return sdpa_kernel(SDPBackend.__members__[str(call.arguments[0])])
+    raise ValueError(f"unknown context {call.name}")
+
+
+def _argument(name: str, value: JsonValue) -> Any:
+    if name == "compile_config":
+        return _compile_config(cast("Mapping[str, Any]", value))
+    return value
+
+
+def _compile_config(fields: Mapping[str, Any]) -> CompileConfig:
+    config = CompileConfig()
+    for name, value in fields.items():
+        # By attribute, because the private one is no argument of the constructor.
+        setattr(config, name, value)
+    return config

@@ -1,0 +1,102 @@
+"""Which devices are there, and what each of them cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from kvat_core.engine import Probe
+from kvat_core.errors import UsageError
+from pydantic import JsonValue
+
+_DISTRIBUTIONS = ("torch", "transformers", "triton")
+
+
+def probe_device(device: str | None) -> Probe:
+    """The device to use, and for each thing that it cannot do the reason.
+
+    Raises:
+        UsageError: the device is unknown or not there.
+    """
+    chosen = _choose(device)
+    facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
+    return Probe(device=chosen, versions=_versions(), facts=facts)
+
+
+def _choose(asked: str | None) -> str:
+    present = _present()
+    if asked is None:
+        return present[0]
+    name = "cuda:0" if asked == "cuda" else asked
+    if name in present:
+        return name
+    raise UsageError(f"device {asked} is not here; choose one of: {', '.join(present)}")
+
+
+def _present() -> list[str]:
+    """All devices, the best one first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    # The version of the build itself, which names the accelerator toolkit as well.
+    return {**found, "torch": torch.__version__}
+
+
+def _other_facts(device: str) -> dict[str, JsonValue]:
+    return {
+        **{name: _dtype_reason(name, device) for name in ("bfloat16", "float16")},
+        "compile": _cxx_reason() if device == "cpu" else None,
+    }
+
+
+def _dtype_reason(name: str, device: str) -> str | None:
+    try:
+        ones = torch.ones(2, 2, dtype=getattr(torch, name), device=device)
+        torch.mm(ones, ones)
+    except (RuntimeError, TypeError):
+        return f"{device} of this machine cannot compute in {name}"
+    return None
+
+
+def _cxx_reason() -> str | None:
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if any(shutil.which(compiler) for compiler in compilers if compiler):
+        return None
+    return "torch.compile needs a C++ compiler on the CPU and found none; install g++ or set CXX"
+
+
+def _cuda_facts(device: torch.device) -> dict[str, JsonValue]:
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    card = f"{properties.name} (compute capability {capability[0]}.{capability[1]})"
+    modern = capability >= (8, 0) or torch.version.hip is not None
+    return {
+        "bfloat16": None if modern else f"{card} has no bfloat16 arithmetic",
+        "sdpa_flash": None if modern else f"the flash kernel needs compute capability 8.0, {card} is older",
+        "sdpa_cudnn": _cudnn_reason(card, modern),
+        "compile": _triton_reason(card, capability >= (7, 0)),
+    }
+
+
+def _cudnn_reason(card: str, modern: bool) -> str | None:
+    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
+        return "this build of PyTorch has no cuDNN"
+    return None if modern else f"the cuDNN kernel needs compute capability 8.0, {card} is older"
+
+
+def _triton_reason(card: str, supported: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on cuda, which is not installed"
+    return None if supported else f"torch.compile needs compute capability 7.0, {card} is older"

@@ -1,0 +1,108 @@
+"""What can be set, and what of it can run here: pure functions of model shape and probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvat_core.engine import Probe
+from kvat_core.schema import Knob, KnobValue, ModelShape, Space
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+KERNELS = {
+    "sdpa_math": "MATH",
+    "sdpa_flash": "FLASH_ATTENTION",
+    "sdpa_mem_efficient": "EFFICIENT_ATTENTION",
+    "sdpa_cudnn": "CUDNN_ATTENTION",
+}
+"""Attention value to the member of `torch.nn.attention.SDPBackend` that it forces."""
+
+_HALF_ONLY = ("sdpa_flash", "sdpa_cudnn")
+
+
+def space(shape: ModelShape, probe: Probe) -> tuple[Knob, ...]:
+    """All knobs with all values, each unavailable one with its reason."""
+    return (_dtype(shape, probe), _attention(probe), _cache(), _compile(probe), _grad_mode())
+
+
+def check(settings: Mapping[str, str], probe: Probe) -> str | None:
+    """Why this combination of single values that could each run cannot, or None."""
+    if _kind(probe) == "cuda" and settings["dtype"] == "float32" and settings["attention"] in _HALF_ONLY:
+        return f"{settings['attention']} needs bfloat16 or float16 on cuda"
+    return None
+
+
+def _kind(probe: Probe) -> str:
+    return probe.device.partition(":")[0]
+
+
+def _reason(probe: Probe, fact: str) -> str | None:
+    """The probe states what cannot run as text and what can as null."""
+    reason = probe.facts.get(fact)
+    return None if reason is None else str(reason)
+
+
+def _dtype(shape: ModelShape, probe: Probe) -> Knob:
+    stored = shape.dtype or "float32"
+
+    def value(name: str) -> KnobValue:
+        exact = name in (stored, "float32")
+        safe = name == stored or (exact and _kind(probe) == "cpu")
+        return KnobValue(
+            name=name,
+            space="safe" if safe else "full",
+            lossy=not exact,
+            simplicity=int(name != stored),
+            unavailable=_reason(probe, name),
+        )
+
+    return Knob(name="dtype", values=tuple(value(name) for name in DTYPES), default=stored)
+
+
+def _attention(probe: Probe) -> Knob:
+    kind = _kind(probe)
+    unavailable = _unavailable_kernels(probe)
+
+    def value(name: str, simplicity: int) -> KnobValue:
+        # On the CPU, flash is what SDPA chooses by itself: a candidate that is most often an alias.
+        where: Space = "default" if (name, kind) == ("sdpa_flash", "cpu") else "safe"
+        return KnobValue(name=name, space=where, simplicity=simplicity, unavailable=unavailable.get(name))
+
+    forced = tuple(value(name, 2) for name in KERNELS)
+    return Knob(name="attention", values=(value("sdpa", 0), value("eager", 1), *forced), default="sdpa")
+
+
+def _unavailable_kernels(probe: Probe) -> dict[str, str]:
+    kind = _kind(probe)
+    if kind == "cpu":
+        return dict.fromkeys(("sdpa_mem_efficient", "sdpa_cudnn"), "PyTorch has this kernel for cuda only")
+    if kind == "mps":
+        names = ("sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn")
+        return dict.fromkeys(names, "PyTorch has a single fused attention on mps, which sdpa uses")
+    return {name: reason for name in KERNELS if (reason := _reason(probe, name)) is not None}
+
+
+def _cache() -> Knob:
+    dynamic = KnobValue(name="dynamic", space="safe")
+    static = KnobValue(name="static", space="safe", simplicity=1)
+    return Knob(name="cache", values=(dynamic, static), default="dynamic")
+
+
+def _compile(probe: Probe) -> Knob:
+    kind = _kind(probe)
+    graphs = None if kind == "cuda" else f"works by CUDA graphs, which {kind} does not have"
+    compiler = "torch.compile for mps is a prototype" if kind == "mps" else _reason(probe, "compile")
+    values = (
+        KnobValue(name="off", space="safe"),
+        KnobValue(name="default", space="default", simplicity=2, compiles=True, unavailable=compiler),
+        KnobValue(
+            name="reduce-overhead", space="default", simplicity=3, compiles=True, unavailable=graphs or compiler
+        ),
+    )
+    return Knob(name="compile", values=values, default="off", when={"cache": ("static",)})
+
+
+def _grad_mode() -> Knob:
+    no_grad = KnobValue(name="no_grad", space="safe")
+    inference_mode = KnobValue(name="inference_mode", space="default", simplicity=1)
+    return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad")

@@ -1,0 +1,235 @@
+"""From a model id to files, and from files to what kvat wants to know before loading them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from kvat_core.errors import UsageError
+from kvat_core.schema import ModelRef, ModelShape
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kvat_engine_transformers.knobs import DTYPES
+from kvat_engine_transformers.naming import BUILTIN, RANDOM
+
+_PACKAGE = Path(__file__).parent
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, with its files on this machine."""
+
+    kind: Literal["builtin", "random", "directory", "hub"]
+    path: Path
+    revision: str | None = None
+
+
+def builtin_path(name: str) -> Path:
+    """Directory of a checkpoint that comes with this package.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    return _named(_PACKAGE / "builtin", name, BUILTIN)
+
+
+def resolve(model_id: str, revision: str | None, allow_download: bool) -> Source:
+    """Find the files of a model.
+
+    Raises:
+        UsageError: no such model, or none without a download that was not allowed.
+    """
+    if model_id.startswith(BUILTIN):
+        return Source("builtin", builtin_path(model_id.removeprefix(BUILTIN)))
+    if model_id.startswith(RANDOM):
+        return Source("random", _shape_path(model_id.removeprefix(RANDOM)))
+    if Path(model_id).is_dir():
+        return Source("directory", Path(model_id))
+    if Path(model_id).is_absolute() or model_id.startswith("."):
+        raise UsageError(f"there is no directory {model_id}; name a model directory or a hub id")
+    path = _hub_files(model_id, revision, allow_download)
+    return Source("hub", path, revision=path.name)
+
+
+def describe_model(model: ModelRef, device: str) -> ModelShape:
+    """What the files tell without loading weights.
+
+    Raises:
+        UsageError: no such model, no model that generates text, or too large for the device.
+    """
+    source = resolve(model.id, model.revision, model.allow_download)
+    config = _read_config(model.id, source)
+    if source.kind != "random":
+        _require_safetensors(model.id, source.path)
+    text = config.get_text_config(decoder=True)
+    dtype = _dtype(model.id, config)
+    weight_bytes = _weight_bytes(config, dtype)
+    _require_memory(model.id, weight_bytes, device)
+    latent = hasattr(text, "kv_lora_rank")
+    return ModelShape(
+        architecture=str(config.model_type),
+        layers=text.num_hidden_layers,
+        attention=_attention_kinds(text),
+        kv_heads=None if latent else getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=None if latent else _head_dim(text),
+        sliding_window=_window(text),
+        max_context_tokens=getattr(text, "max_position_embeddings", None),
+        dtype=dtype,
+        weight_bytes=weight_bytes,
+        weights="random" if source.kind == "random" else "checkpoint",
+        revision=source.revision,
+        sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
+        has_tokenizer=source.kind != "random" and has_tokenizer(source.path),
+    )
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether the directory holds a tokenizer."""
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def _named(folder: Path, name: str, scheme: str) -> Path:
+    known = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if name not in known:
+        raise UsageError(f"there is no model {scheme}{name}; choose one of: {', '.join(scheme + one for one in known)}")
+    return folder / name
+
+
+def _shape_path(name: str) -> Path:
+    preset = _PACKAGE / "shapes" / name
+    if len(Path(name).parts) == 1 and (preset / "config.json").is_file():
+        return preset
+    if (Path(name) / "config.json").is_file() and name:
+        return Path(name)
+    if len(Path(name).parts) > 1:
+        raise UsageError(f"random:{name} needs a directory with a config.json; there is none")
+    return _named(_PACKAGE / "shapes", name, RANDOM)
+
+
+def _hub_files(model_id: str, revision: str | None, allow_download: bool) -> Path:
+    named = model_id if revision is None else f"{model_id} at revision {revision}"
+    try:
+        found = snapshot_download(
+            model_id, revision=revision, allow_patterns=list(_WANTED), local_files_only=not allow_download
+        )
+    except HFValidationError as error:
+        raise UsageError(f"{model_id} is neither a directory here nor a hub id of the form owner/name") from error
+    except GatedRepoError as error:
+        raise UsageError(f"{named} is gated; accept its terms on the hub and log in with: hf auth login") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UsageError(f"the hub has no {named} that this login may read; check the spelling") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if allow_download:
+            raise UsageError(f"{named} cannot be downloaded; check the connection to the hub") from error
+        raise UsageError(f"{named} is not on this machine; add --allow-download to fetch it") from error
+    return Path(found)
+
+
+def _read_config(model_id: str, source: Source) -> PreTrainedConfig:
+    file = source.path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"{model_id} has no config.json; name a directory or repository of a Transformers model")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        _require_text_generation(model_id, data)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"the config.json of {model_id} cannot be read: {type(error).__name__}") from error
+    return config
+
+
+def _require_text_generation(model_id: str, config: dict[str, Any]) -> None:
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in config:
+            raise UsageError(f"{model_id} needs code from its repository, which kvat never runs; choose another model")
+        raise UsageError(f"this version of transformers does not know the model type {model_type} of {model_id}")
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{model_id} is an encoder-decoder; kvat tunes decoder-only models")
+    generating = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    names = generating if isinstance(generating, (tuple, list)) else (generating,)
+    if generating is None or (architectures and not set(architectures) & set(names)):
+        what = architectures[0] if architectures else model_type
+        raise UsageError(f"{model_id} is a {what}, which does not generate text; choose a causal language model")
+    if "quantization_config" in config:
+        raise UsageError(f"{model_id} is a quantised checkpoint; choose one in float32, bfloat16 or float16")
+
+
+def _require_safetensors(model_id: str, path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (path / shard).is_file())
+        if missing:
+            raise UsageError(f"{model_id} lacks {len(missing)} of {len(shards)} weight files; fetch it completely")
+    elif not (path / "model.safetensors").is_file():
+        if any(path.glob("*.bin")):
+            raise UsageError(f"{model_id} has pickled weights only, which may run code; convert it to safetensors")
+        raise UsageError(f"{model_id} has no model.safetensors; fetch its weights")
+
+
+def _dtype(model_id: str, config: PreTrainedConfig) -> str:
+    name = str(config.dtype or torch.float32).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"{model_id} has weights in {name}; choose a checkpoint in one of: {', '.join(DTYPES)}")
+    return name
+
+
+def _weight_bytes(config: PreTrainedConfig, dtype: str) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(torch.device(device))[0]
+    else:
+        free = psutil.virtual_memory().available
+    if weight_bytes > free:
+        raise UsageError(
+            f"{model_id} has {weight_bytes / 2**30:.1f} GiB of weights and {device} {free / 2**30:.1f} GiB free; "
+            "choose a smaller model"
+        )
+
+
+def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
+    if hasattr(text, "kv_lora_rank"):
+        return ("other",) * text.num_hidden_layers
+    kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
+    default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
+    names = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
+    return tuple(kinds.get(name, "other") for name in names)
+
+
+def _window(text: PreTrainedConfig) -> int | None:
+    return getattr(text, "sliding_window", None) if "sliding" in _attention_kinds(text) else None
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                sha256.update(block)
+    return sha256.hexdigest()

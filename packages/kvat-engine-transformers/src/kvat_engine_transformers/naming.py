@@ -1,0 +1,4 @@
+"""Schemes of model ids that only this engine understands."""
+
+BUILTIN = "builtin:"
+RANDOM = "random:"

@@ -1,0 +1,79 @@
+"""From settings to actions: the one function behind both the adapter and the snippet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvat_core.schema import ContextCall, Recipe, Scenario, Target
+from pydantic import JsonValue
+
+from kvat_engine_transformers.knobs import KERNELS
+
+WARMUP_EAGER = 2
+WARMUP_COMPILED = 5
+
+
+def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
+    """What is done for these settings in this scenario, as data."""
+    compiled = settings["compile"] != "off"
+    return Recipe(
+        environment=_environment(target),
+        load={
+            "model_id": target.model.id,
+            "dtype": settings["dtype"],
+            "device": target.device,
+            "attn_backend": "eager" if settings["attention"] == "eager" else "sdpa",
+            "extra": _extra(settings, target),
+        },
+        context=_contexts(settings),
+        call="generate",
+        arguments={
+            "do_sample": False,
+            "max_new_tokens": scenario.output_tokens,
+            **_cache_arguments(settings, scenario, target.device),
+        },
+        warmup=WARMUP_COMPILED if compiled else WARMUP_EAGER,
+        compiles=compiled,
+    )
+
+
+def _environment(target: Target) -> dict[str, str]:
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if target.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(target.threads)
+    if not target.model.allow_download:
+        environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def _extra(settings: Mapping[str, str], target: Target) -> dict[str, JsonValue]:
+    # Compiled code outlives the call that made it, so a compiled candidate gets a launch of its own.
+    return {
+        "revision": target.model.revision,
+        "local_files_only": not target.model.allow_download,
+        "threads": target.threads,
+        "compile": settings["compile"],
+    }
+
+
+def _contexts(settings: Mapping[str, str]) -> tuple[ContextCall, ...]:
+    contexts = []
+    if settings["grad_mode"] == "inference_mode":
+        contexts.append(ContextCall(name="torch.inference_mode"))
+    if kernel := KERNELS.get(settings["attention"]):
+        contexts.append(ContextCall(name="torch.nn.attention.sdpa_kernel", arguments=(kernel,)))
+    return tuple(contexts)
+
+
+def _cache_arguments(settings: Mapping[str, str], scenario: Scenario, device: str) -> dict[str, JsonValue]:
+    if settings["cache"] == "dynamic":
+        return {"cache_implementation": "dynamic"}
+    slots: dict[str, JsonValue] = {"cache_implementation": "static", "max_cache_len": scenario.total_tokens}
+    if settings["compile"] == "off":
+        # generate compiles a static cache on accelerators unless it is told not to.
+        return {**slots, "disable_compile": True}
+    compile_config: dict[str, JsonValue] = {"mode": settings["compile"]}
+    if device == "cpu":
+        # The only door to compilation on the CPU; without it generate leaves the setting out, with a warning.
+        compile_config["_compile_all_devices"] = True
+    return {**slots, "compile_config": compile_config}

@@ -1,0 +1,82 @@
+"""The decision of a plan in one plain sentence, for reports and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvat_report import numbers
+from kvat_report.text import one_line
+
+if TYPE_CHECKING:
+    from kvat_core.schema import CandidateResult, Plan
+
+Show = Callable[[str], str]
+
+
+def decision(plan: Plan, show: Show = one_line) -> str:
+    """What to do, by how much it is better, and than what.
+
+    Args:
+        show: makes a foreign string (label, reason) safe for where the sentence goes.
+    """
+    match plan.verdict:
+        case "better":
+            return _better(plan, show)
+        case "tie":
+            return _tie(plan, show)
+        case "undecided":
+            return _undecided(plan, show)
+
+
+def least_difference(plan: Plan) -> float:
+    """Relative difference below which nothing is claimed: ε = max(1 %, twice the noise floor)."""
+    return max(0.01, 2 * plan.confidence.noise_floor)
+
+
+def _better(plan: Plan, show: Show) -> str:
+    switch = f"Better: switch to {show(plan.winner.label)}"
+    today = f"what you run today ({show(plan.incumbent.label)})"
+    if plan.ratio is None:
+        return f"{switch}; {today} has no figures to compare with{_why_no_figures(plan, show)}."
+    return f"{switch}, whose score is {numbers.ratio(plan.ratio.score)} that of {today}."
+
+
+def _why_no_figures(plan: Plan, show: Show) -> str:
+    incumbent = plan.candidate(plan.incumbent.id)
+    if incumbent.failure is not None:
+        return f": it failed with {incumbent.failure.kind} ({show(incumbent.failure.reason)})"
+    return f": {show(incumbent.reason)}" if incumbent.reason else ""
+
+
+def _tie(plan: Plan, show: Show) -> str:
+    keep = f"Tie: keep what you run today ({show(plan.winner.label)})"
+    best = _best_other(plan)
+    if best is None:
+        return f"{keep}; nothing else was measured that could replace it."
+    least = numbers.percent(least_difference(plan))
+    return (
+        f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
+        f"and differences under {least} are not real on this machine."
+    )
+
+
+def _undecided(plan: Plan, show: Show) -> str:
+    keep = f"Undecided: keep what you run today ({show(plan.winner.label)}) for now"
+    best = _best_other(plan)
+    if best is None or best.score is None:
+        return f"{keep}; nothing else was measured that could replace it."
+    launches = "1 launch" if best.score.n == 1 else f"{best.score.n} launches"
+    return (
+        f"{keep}; {show(best.label)} scores {numbers.ratio(best.score)}, which {launches} cannot confirm: "
+        "measure again with more launches in the profile."
+    )
+
+
+def _best_other(plan: Plan) -> CandidateResult | None:
+    others = [other for other in plan.candidates if other.state == "ok" and other.score and not other.reason]
+    return max(
+        (other for other in others if other.id != plan.winner.id),
+        key=lambda other: other.score.value if other.score else 0.0,
+        default=None,
+    )

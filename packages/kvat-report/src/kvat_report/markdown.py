@@ -1,0 +1,93 @@
+"""The Markdown report: `templates/report.md.jinja` is the document, this module what it needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvat_report import numbers
+from kvat_report.decision import decision, least_difference
+from kvat_report.text import Markdown, escape
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from kvat_core.schema import CandidateResult, Plan, ScenarioResult
+
+_STATES = ("ok", "undecided", "pruned", "not_reached", "failed", "excluded")
+_METRICS = {"ttft": "time to first token", "decode": "decoding", "memory": "memory", "stability": "steadiness"}
+
+
+class MarkdownReport:
+    """Renderer under the entry-point group ``kvat.reports``."""
+
+    name = "markdown"
+    file_name = "report.md"
+
+    def render(self, plan: Plan) -> str:
+        """The whole report; a pure function of the plan."""
+        return _environment().get_template("report.md.jinja").render(_context(plan))
+
+
+def _environment() -> Environment:
+    # Jinja takes a tenth of a second to import, and most commands render nothing.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kvat_report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_safe,
+    )
+    own = (numbers.ratio, numbers.time, numbers.rate, numbers.size, numbers.percent, numbers.plain)
+    environment.filters.update({render.__name__: _trusted(render) for render in own})
+    return environment
+
+
+def _safe(value: Any) -> str:
+    """What an expression of the template becomes: escaped, unless it is Markdown of our own making."""
+    return value if isinstance(value, Markdown) else escape(str(value))
+
+
+def _trusted(render: Callable[[Any], str]) -> Callable[[Any], Markdown]:
+    return lambda value: Markdown(render(value))
+
+
+def _context(plan: Plan) -> dict[str, Any]:
+    labels = {candidate.id: candidate.label for candidate in plan.candidates}
+    return {
+        "plan": plan,
+        "decision": Markdown(decision(plan, escape)),
+        "least_difference": least_difference(plan),
+        "label": lambda candidate_id: labels.get(candidate_id, candidate_id),
+        "ranking": sorted(plan.candidates, key=_rank),
+        "roles": _roles(plan),
+        "memory": _memory,
+        "total_weight": sum(scenario.weight for scenario in plan.profile.scenarios),
+        "shares": _shares(plan),
+        "nothing": numbers.NOTHING,
+    }
+
+
+def _rank(candidate: CandidateResult) -> tuple[int, float, str]:
+    score = candidate.score.value if candidate.score else 0.0
+    return _STATES.index(candidate.state), -score, candidate.label
+
+
+def _roles(plan: Plan) -> dict[str, str]:
+    if plan.winner.id == plan.incumbent.id:
+        return {plan.winner.id: "runs today, keep"}
+    return {plan.incumbent.id: "runs today", plan.winner.id: "winner"}
+
+
+def _memory(result: ScenarioResult) -> str:
+    peaks = {"device": result.peak_device_bytes, "host": result.peak_host_bytes}
+    known = [f"{numbers.size(peak)} {where}" for where, peak in peaks.items() if peak is not None]
+    return ", ".join(known) or numbers.NOTHING
+
+
+def _shares(plan: Plan) -> list[tuple[str, float]]:
+    shares = plan.profile.objective.shares()
+    total = sum(shares.values())
+    return [(_METRICS[metric], share / total) for metric, share in shares.items() if share > 0]

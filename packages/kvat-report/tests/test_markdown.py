@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvat_core.discovery import reports
+from kvat_core.schema import Plan
+from kvat_report import MarkdownReport
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = "a|b `c` <script>alert(1)</script>\n\n# head\x1b[2J ]( \u202e *x* \\"
+
+
+def assert_golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("KVAT_ACCEPT") == "1":
+        path.write_text(text, encoding="utf-8")
+    accepted = path.read_text(encoding="utf-8")
+    diff = "\n".join(
+        difflib.unified_diff(accepted.splitlines(), text.splitlines(), "accepted", "rendered", lineterm="")
+    )
+    assert text == accepted, f"{name} differs; accept with KVAT_ACCEPT=1 pytest {__file__}\n{diff}"
+
+
+def test_golden_report(make_plan: Callable[..., Plan]) -> None:
+    assert_golden("better.md", MarkdownReport().render(make_plan()))
+
+
+def test_golden_report_of_a_tie_without_optional_parts(make_plan: Callable[..., Plan]) -> None:
+    incumbent = make_plan().incumbent.model_dump()
+    measured = make_plan().candidate("aaaaaaaaaa").model_copy(update={"aliases": ()}).model_dump()
+    plan = make_plan(
+        verdict="tie", winner=incumbent, ratio=None, equivalents=[], notes=[], candidates=[measured],
+        metrics={"error_rate": 0.0, "jitter": None},
+    )  # fmt: skip
+    assert_golden("tie.md", MarkdownReport().render(plan))
+
+
+def test_sections_follow_the_reader_s_questions(make_plan: Callable[..., Plan]) -> None:
+    report = MarkdownReport().render(make_plan())
+    assert re.findall("^## (.+)$", report, flags=re.MULTILINE) == [
+        "How sure", "What was measured, and on what", "Scenarios", "Ranking", "Failures", "Excluded and not eligible",
+        "Aliases", "Equivalents", "Notes", "How to apply", "Definitions", "Evidence",
+    ]  # fmt: skip
+
+
+def test_ranking_is_by_state_then_score(make_plan: Callable[..., Plan]) -> None:
+    report = MarkdownReport().render(make_plan())
+    section = report.split("## Ranking")[1].split("## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    order = list(dict.fromkeys((row[0].removeprefix("| "), row[1]) for row in rows))
+    assert order == [
+        ("dynamic, flash", "ok"),
+        ("static, sdpa (winner)", "ok"),
+        ("offloaded, sdpa", "ok"),
+        ("dynamic, sdpa (runs today)", "ok"),
+        ("dynamic, eager", "not_reached"),
+        ("static, sdpa, compiled", "failed"),
+        ("quantized, sdpa", "excluded"),
+    ]
+
+
+def test_hostile_strings_change_no_structure(make_plan: Callable[..., Plan]) -> None:
+    harmless, hostile = (
+        MarkdownReport().render(Plan.model_validate(_with_strings(make_plan(), text))) for text in ("harmless", HOSTILE)
+    )
+    assert _skeleton(hostile) == _skeleton(harmless)
+    assert "<" not in hostile
+    assert "\x1b" not in hostile
+    assert "\u202e" not in hostile
+
+
+def test_hostile_strings_reach_every_section(make_plan: Callable[..., Plan]) -> None:
+    report = MarkdownReport().render(Plan.model_validate(_with_strings(make_plan(), "needle")))
+    sections = re.split("^## ", report, flags=re.MULTILINE)
+    without = [section.split("\n")[0] for section in sections if "needle" not in section]
+    assert without == ["How sure", "Scenarios", "How to apply", "Definitions"]
+
+
+def test_is_found_through_its_entry_point(make_plan: Callable[..., Plan]) -> None:
+    usable, complaints = reports()
+    assert complaints == []
+    (markdown,) = (report for report in usable if report.name == "markdown")
+    assert markdown.file_name == "report.md"
+    assert markdown.render(make_plan()) == MarkdownReport().render(make_plan())
+
+
+def test_a_lone_surrogate_can_be_written(make_plan: Callable[..., Plan]) -> None:
+    report = MarkdownReport().render(make_plan(notes=["undecodable \udcff byte"]))
+    assert b"- undecodable byte\n" in report.encode("utf-8")
+
+
+def _skeleton(report: str) -> list[tuple[str, int]]:
+    """Per line: its block marker and number of table cells."""
+    return [
+        (re.match(r"(#* |\| |- |```|\|---|)", line)[0], len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)))  # type: ignore[index]
+        for line in report.splitlines()
+    ]
+
+
+def _with_strings(plan: Plan, text: str) -> Any:
+    """The plan with every free string from outside replaced."""
+    fixed = {
+        "format", "id", "verdict", "state", "kind", "level", "weights", "equivalents", "name", "created", "prompt",
+        "use",
+    }  # fmt: skip
+
+    def replace(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            free_keys = key in ("settings", "versions")
+            return {(text if free_keys else k): replace(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [replace(item, key) for item in value]
+        return text if isinstance(value, str) and key not in fixed else value
+
+    data = plan.model_dump(mode="json", by_alias=True)
+    data["machine"] = {key: replace(value, key) for key, value in data["machine"].items()}
+    data["model"]["id"] = data["engine"]["name"] = text
+    return replace(data)
