@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from kvat_core.schema import (
     Applied,
@@ -80,7 +80,7 @@ class Probe(Record):
     """The device that will be used: the one asked for, or the best one present."""
     versions: dict[str, str]
     """Distribution name to version, of everything that may change the figures."""
-    facts: dict[str, JsonValue] = {}
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
     """Whatever `space` needs to know of the machine; opaque to core."""
 
 

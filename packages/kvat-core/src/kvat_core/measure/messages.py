@@ -9,7 +9,7 @@ import json
 import struct
 from typing import Literal
 
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from kvat_core.schema import FailureKind, PromptSource, Record
 
@@ -28,7 +28,7 @@ class Request(Record):
     """One operation for the worker."""
 
     operation: Operation
-    arguments: dict[str, JsonValue] = {}
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class Reply(Record):

@@ -42,7 +42,9 @@ class Grid:
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
         rounds = range(run.header.profile.launches)
-        return sum(len(self._outstanding(run, number)) for number in rounds) + max(2, len(self._unmeasured(run)))
+        timing = sum(len(self._outstanding(run, number)) for number in rounds)
+        # Until the winner is known, it counts as another one than the incumbent.
+        return timing + (2 if timing else len(self._unmeasured(run)))
 
     def _outstanding(self, run: Run, number: int) -> list[list[Cell]]:
         """Cells of a round that still lack samples, grouped by load, in the round's order."""

@@ -1,0 +1,152 @@
+"""Runs made of numbers, and workers without processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+import pytest
+from pydantic import JsonValue
+from typing_extensions import Self
+
+from kvat_core.measure.messages import Operation, Reply, Request
+from kvat_core.measure.supervisor import value_or_raise
+from kvat_core.measure.worker import Worker
+from kvat_core.run import Run
+from kvat_core.schema import (
+    Applied,
+    Candidate,
+    CandidateEntry,
+    Cell,
+    Header,
+    LaunchOrder,
+    Machine,
+    Measured,
+    ModelRef,
+    ModelShape,
+    Objective,
+    Profile,
+    Proof,
+    RequestTiming,
+    Resources,
+    Sample,
+    Scenario,
+    Target,
+)
+
+
+class InProcessWorker:
+    """The worker's own code in this process; JSON crosses as it does over the pipe."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._worker = Worker()
+
+    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, timeout_s: float) -> JsonValue:
+        crossed = Request.model_validate_json(Request(operation=operation, arguments=arguments).model_dump_json())
+        reply = Reply.model_validate(json.loads(self._worker.handle(crossed).model_dump_json()))
+        return value_or_raise(reply, phase)
+
+    def __enter__(self) -> Self:
+        self._before = dict(os.environ)
+        os.environ.update(self._environment)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.environ.clear()
+        os.environ.update(self._before)
+
+
+SCENARIO = Scenario(prompt_tokens=8, output_tokens=3)
+
+
+def header(**changes: object) -> Header:
+    machine = {
+        "fingerprint": "f",
+        "device": "cpu",
+        "cpu": "c",
+        "cores": 2,
+        "memory_bytes": 1000,
+        "os": "o",
+        "python": "3",
+    }
+    fields: dict[str, object] = {
+        "kvat": "0.1.0",
+        "created": "2026-01-01T00:00:00Z",
+        "engine": "fake",
+        "versions": {},
+        "target": Target(model=ModelRef(id="fake:tiny"), device="cpu"),
+        "shape": ModelShape(architecture="fake", layers=1, attention=("full",)),
+        "machine": Machine.model_validate(machine),
+        "profile": Profile(
+            name="test", scenarios=(SCENARIO,), objective=Objective(ttft=0.5, decode=0.5), launches=3, samples=1
+        ),
+        "space": "safe",
+        "pinned": {},
+        "excluded": (),
+        "seed": 0,
+        "instrument": (),
+    }
+    return Header.model_validate({**fields, **changes})
+
+
+def sample(candidate: str, block: int, pace: float, *, launch: int = 0, index: int = 0) -> Sample:
+    """A call of `pace` seconds to the first token and as much for each further one."""
+    request = RequestTiming(prompt_tokens=8, output_tokens=3, ttft_s=pace, e2e_s=3 * pace, token_gaps_s=(pace, pace))
+    return Sample(
+        clock="host",
+        duration_s=3 * pace,
+        requests=(request,),
+        launch=launch,
+        round=block,
+        candidate=candidate,
+        scenario=SCENARIO.key,
+        index=index,
+    )
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run() -> MakeRun:
+    """A run from paces: candidate name → seconds per block. The first candidate is the incumbent."""
+
+    def make(
+        paces: Mapping[str, Sequence[float]],
+        *,
+        lossy: Sequence[str] = (),
+        compiles: Sequence[str] = (),
+        same: Sequence[tuple[str, str]] = (),
+        peaks: Mapping[str, int] | None = None,
+        **changes: object,
+    ) -> Run:
+        run = Run(header(**changes))
+        for rank, name in enumerate(paces):
+            candidate = Candidate(
+                id=name,
+                label=name,
+                settings={"knob": name},
+                lossy=name in lossy,
+                compiles=name in compiles,
+                complexity=rank,
+            )
+            run.add(CandidateEntry(candidate=candidate, incumbent=rank == 0))
+        twin = dict(same)
+        for name, values in paces.items():
+            cell = Cell(candidate=name, scenario=SCENARIO.key)
+            run.add(Proof(launch=0, cell=cell, applied=Applied(values={"runs": twin.get(name, name)})))
+            for block, pace in enumerate(values):
+                run.add(sample(name, block, pace))
+        for number, (name, peak) in enumerate((peaks or {}).items()):
+            cell = Cell(candidate=name, scenario=SCENARIO.key)
+            run.add(LaunchOrder(launch=number, round=9, purpose="memory", cells=(cell,)))
+            resources = Resources(processes=("worker",), peak_host_bytes=peak)
+            run.add(Measured(launch=number, cells=(cell,), resources=resources))
+        return run
+
+    return make

@@ -1,0 +1,136 @@
+"""What a run decides: differences, not means; and nothing that it did not see."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvat_core.decision import decide
+from kvat_core.run import Run
+from kvat_core.schema import Cell, Failed, Failure
+
+MakeRun = Callable[..., Run]
+
+
+def fail(run: Run, name: str) -> None:
+    failure = Failure(kind="crash", phase="sample", reason="ended by SIGSEGV")
+    run.add(Failed(launch=0, cell=Cell(candidate=name, scenario="8+3x1"), failure=failure))
+
+
+def test_a_clear_difference_wins(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0, 1.01, 0.99], "fast": [0.5, 0.505, 0.495], "slow": [2.0, 2.02, 1.98]}))
+    assert decision is not None
+    assert (decision.winner, decision.verdict, decision.equivalents) == ("fast", "better", ())
+    assert decision.ratios is not None
+    assert decision.ratios.score.value == pytest.approx(2.0)
+
+
+def test_drift_that_meets_all_alike_changes_nothing(make_run: MakeRun) -> None:
+    drift = [1.0, 3.0, 9.0]
+    decision = decide(make_run({"today": drift, "fast": [0.8 * pace for pace in drift]}))
+    assert decision is not None
+    assert (decision.winner, decision.verdict) == ("fast", "better")
+
+
+def test_no_real_difference_keeps_the_default(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0, 1.02, 0.98], "other": [0.99, 1.01, 0.985]}))
+    assert decision is not None
+    assert (decision.winner, decision.verdict, decision.equivalents) == ("today", "tie", ("other",))
+
+
+def test_a_large_difference_that_noise_could_explain_is_undecided(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0, 1.0, 1.0], "wild": [0.5, 1.2, 0.6]}))
+    assert decision is not None
+    assert decision.winner == "today"
+    assert decision.verdict in ("undecided", "tie")
+    assert decision.confidence.level == "low"
+
+
+def test_one_block_decides_nothing(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0], "fast": [0.5]}))
+    assert decision is not None
+    assert (decision.winner, decision.verdict) == ("today", "undecided")
+
+
+def test_the_simplest_of_the_equally_fast_wins(make_run: MakeRun) -> None:
+    paces = {"today": [1.0, 1.01, 0.99], "compiled": [0.5, 0.51, 0.49], "plain": [0.501, 0.509, 0.491]}
+    decision = decide(make_run(paces, compiles=["compiled"]))
+    assert decision is not None
+    assert (decision.winner, decision.equivalents) == ("plain", ("compiled",))
+
+
+def test_what_may_change_the_output_never_wins(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0, 1.01, 0.99], "lossy": [0.1, 0.1, 0.1]}, lossy=["lossy"]))
+    assert decision is not None
+    assert decision.winner == "today"
+    assert "lossy" in decision.scores
+
+
+def test_what_failed_never_wins(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.01, 0.99], "fast": [0.1, 0.1, 0.1]})
+    fail(run, "fast")
+    decision = decide(run)
+    assert decision is not None
+    assert decision.winner == "today"
+    assert "fast" not in decision.scores
+
+
+def test_without_a_working_incumbent_the_simplest_good_candidate_wins_without_a_ratio(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.0, 1.0], "fast": [0.50, 0.51, 0.49], "slow": [2.0, 2.1, 1.9]})
+    fail(run, "today")
+    decision = decide(run)
+    assert decision is not None
+    assert (decision.winner, decision.ratios) == ("fast", None)
+
+
+def test_nothing_eligible_is_no_decision(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.0, 1.0]})
+    fail(run, "today")
+    assert decide(run) is None
+
+
+def test_an_alias_is_neither_a_rival_nor_an_equivalent(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.01, 0.99], "twin": [], "slow": [2.0, 2.02, 1.98]}, same=[("twin", "today")])
+    decision = decide(run)
+    assert decision is not None
+    assert decision.equivalents == ()
+    assert set(decision.scores) == {"today", "slow"}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(scale=st.floats(min_value=0.01, max_value=100), seed=st.integers(0, 10_000))
+def test_a_slower_machine_decides_the_same(make_run: MakeRun, scale: float, seed: int) -> None:
+    source = random.Random(seed)
+    paces = {name: [source.uniform(0.8, 1.2) for _ in range(4)] for name in ("today", "a", "b", "c")}
+    one = decide(make_run(paces))
+    other = decide(make_run({name: [scale * pace for pace in values] for name, values in paces.items()}))
+    assert one is not None
+    assert other is not None
+    assert (one.winner, one.verdict, one.equivalents) == (other.winner, other.verdict, other.equivalents)
+
+
+def test_equal_candidates_are_hardly_ever_called_better(make_run: MakeRun) -> None:
+    source = random.Random(11)
+    worlds = 300
+    verdicts = []
+    for _ in range(worlds):
+        blocks = [source.gauss(1, 0.05) for _ in range(3)]
+        paces = {name: [block * source.gauss(1, 0.03) for block in blocks] for name in "abcdef"}
+        decision = decide(make_run(paces))
+        assert decision is not None
+        verdicts.append(decision.verdict)
+    assert verdicts.count("better") / worlds <= 0.05
+    assert verdicts.count("tie") / worlds >= 0.9
+
+
+def test_less_memory_breaks_a_tie_only_where_memory_binds(make_run: MakeRun) -> None:
+    paces = {"today": [1.0, 1.01, 0.99], "a": [0.5, 0.505, 0.495], "b": [0.5, 0.505, 0.495]}
+    plenty = decide(make_run(paces, peaks={"today": 300, "a": 400, "b": 200}))
+    scarce = decide(make_run(paces, peaks={"today": 800, "a": 900, "b": 600}))
+    assert plenty is not None
+    assert scarce is not None
+    assert (plenty.winner, scarce.winner) == ("a", "b")

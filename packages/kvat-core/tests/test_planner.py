@@ -1,0 +1,72 @@
+"""Pure decisions about what may be recommended and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.planner import make_plan, public_model_id
+from kvat_core.run import Run
+from kvat_core.schema import Cell, Failed, Failure, JournalRef, ModelShape, Objective, Profile, Scenario
+
+MakeRun = Callable[..., Run]
+REF = JournalRef(file="journal.jsonl", sha256="0", samples=0)
+
+
+def fail(run: Run, name: str) -> Run:
+    failure = Failure(kind="crash", phase="sample", reason="ended by SIGSEGV")
+    run.add(Failed(launch=0, cell=Cell(candidate=name, scenario="8+3x1"), failure=failure))
+    return run
+
+
+def test_only_lossy_survivors_are_not_recommended(make_run: MakeRun) -> None:
+    run = fail(make_run({"today": [1.0, 1.0], "lossy": [0.5, 0.5]}, lossy=["lossy"]), "today")
+    with pytest.raises(NothingFeasible, match="may change the output"):
+        make_plan(run, REF)
+
+
+def test_no_survivors_at_all_are_told_apart_with_the_first_reason(make_run: MakeRun) -> None:
+    run = fail(make_run({"today": [1.0, 1.0]}), "today")
+    with pytest.raises(AllFailed, match=r"every candidate failed \(crash\); the first: ended by SIGSEGV"):
+        make_plan(run, REF)
+
+
+def test_random_weights_are_said_in_the_plan(make_run: MakeRun) -> None:
+    shape = ModelShape(architecture="fake", layers=1, attention=("full",), weights="random")
+    plan = make_plan(make_run({"today": [1.0, 1.0]}, shape=shape), REF)
+    assert plan.model.weights == "random"
+    assert any("fidelity are not" in note for note in plan.notes)
+
+
+def test_a_run_cut_short_tells_what_was_not_reached(make_run: MakeRun) -> None:
+    plan = make_plan(make_run({"today": [1.0, 1.0], "late": []}), REF)
+    assert {candidate.id: candidate.state for candidate in plan.candidates} == {"today": "ok", "late": "not_reached"}
+
+
+def test_scenarios_count_by_their_weight(make_run: MakeRun) -> None:
+    # Only one of both scenarios is measured: a candidate must not win by the part that suits it.
+    profile = Profile(
+        name="two",
+        scenarios=(Scenario(prompt_tokens=8, output_tokens=3), Scenario(prompt_tokens=9, output_tokens=3)),
+        objective=Objective(ttft=1),
+        samples=1,
+    )
+    with pytest.raises(AllFailed):
+        make_plan(make_run({"today": [1.0, 1.0]}, profile=profile), REF)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "public"),
+    [
+        ("/home/somebody/models/mine", "./mine"),
+        ("./models/mine", "./mine"),
+        ("../mine/", "./mine"),
+        ("~/mine", "./mine"),
+        ("owner/name", "owner/name"),
+        ("builtin:llama", "builtin:llama"),
+    ],
+)
+def test_of_a_local_path_only_the_last_part_is_shown(model_id: str, public: str) -> None:
+    assert public_model_id(model_id) == public

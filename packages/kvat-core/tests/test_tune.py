@@ -1,0 +1,250 @@
+"""Whole tunes: both faces of the fake engine, in real child processes, whatever a candidate does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, read_plan, tune
+from kvat_core.errors import AllFailed, UsageError
+from kvat_core.journal import journal_sha256, read_journal
+from kvat_core.measure.deadlines import Deadlines
+from kvat_core.planner import make_plan
+from kvat_core.run import Run
+from kvat_core.schema import CandidateResult, JournalRef, Objective, PromptSource, Sample, Scenario
+
+OpenWorker = Callable[[Mapping[str, str]], Any]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def by_label(plan: Plan) -> dict[str, CandidateResult]:
+    return {candidate.label: candidate for candidate in plan.candidates}
+
+
+def tuned(out: Path, **request: Any) -> TuneResult:
+    deadlines = Deadlines(first_call_s=20, call_s=5)
+    return tune(TuneRequest(**{"out": out, "profile": "ci-micro", **request}), deadlines=deadlines)
+
+
+@pytest.mark.parametrize(("model", "winner"), [("fake:tiny", "cache=static"), ("fake-server:tiny", "draft=ngram")])
+def test_a_tune_finds_the_fastest_and_writes_all_files(out: Path, model: str, winner: str) -> None:
+    result = tuned(out, model=model)
+    plan = result.plan
+    assert (plan.winner.label, plan.verdict) == (winner, "better")
+    assert plan.ratio is not None
+    assert plan.ratio.decode.value == pytest.approx(1.25, rel=0.02)
+    assert {path.name for path in out.iterdir()} >= {"journal.jsonl", "best_plan.json", "snippet.py"}
+    assert read_plan(out / "best_plan.json") == plan
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_a_plan_is_a_function_of_its_journal(out: Path) -> None:
+    plan = tuned(out, model="fake:tiny").plan
+    run = Run.from_events(read_journal(out / "journal.jsonl"))
+    ref = JournalRef(file="journal.jsonl", sha256=journal_sha256(out / "journal.jsonl"), samples=len(run.samples))
+    assert make_plan(run, ref) == plan
+
+
+def test_two_runs_of_the_same_command_measure_the_same_shapes_and_decide_alike(tmp_path: Path) -> None:
+    one, other = (tuned(tmp_path / name, model="fake:tiny").plan for name in ("one", "other"))
+    assert one.winner == other.winner
+    assert one.candidates == other.candidates
+
+
+def test_candidates_that_run_the_very_same_thing_are_measured_once(out: Path) -> None:
+    plan = tuned(out, model="fake:tiny").plan
+    aliases = {candidate.label: len(candidate.aliases) for candidate in plan.candidates}
+    assert aliases["default"] == aliases["cache=static"] == 1
+    samples = [event for event in read_journal(out / "journal.jsonl") if isinstance(event, Sample)]
+    assert {sample.candidate for sample in samples} <= {candidate.id for candidate in plan.candidates}
+
+
+def test_all_candidates_of_a_block_see_the_same_prompts_and_no_two_samples_do(out: Path) -> None:
+    from kvat_core.measure.launch import nonce
+
+    assert nonce(0, 1, "8+3x1", 2) == nonce(0, 1, "8+3x1", 2)
+    different = {nonce(*arguments) for arguments in [(0, 1, "a", 2), (1, 1, "a", 2), (0, 2, "a", 2), (0, 1, "b", 2)]}
+    assert len(different) == 4
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "phase"),
+    [
+        ("crash", "crash", "warm-up"),
+        ("oom", "oom_device", "warm-up"),
+        ("misapplied", "not_applied", "prove"),
+        ("wrong-count", "invalid_output", "warm-up"),
+        ("nan", "invalid_output", "warm-up"),
+        ("secret", "error", "warm-up"),
+        ("hang", "timeout", "warm-up"),
+    ],
+)
+def test_one_bad_candidate_costs_one_candidate(out: Path, behaviour: str, kind: str, phase: str) -> None:
+    plan = tuned(out, model=f"fake:{behaviour}").plan
+    results = by_label(plan)
+    failed = [candidate for candidate in plan.candidates if candidate.state == "failed"]
+    assert [candidate.label for candidate in failed] == ["cache=static kernel=eager"]
+    assert failed[0].failure is not None
+    assert (failed[0].failure.kind, failed[0].failure.phase) == (kind, phase)
+    assert (plan.winner.label, plan.verdict) == ("cache=static", "better")
+    assert results["default"].score is not None
+    assert results["default"].score.n == 3
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_an_engine_that_prints_disturbs_nothing(out: Path) -> None:
+    assert tuned(out, model="fake:chatty").plan.winner.label == "cache=static"
+
+
+def test_equal_candidates_keep_the_default(out: Path) -> None:
+    plan = tuned(out, model="fake:flat").plan
+    assert (plan.winner, plan.verdict) == (plan.incumbent, "tie")
+
+
+def test_when_every_candidate_fails_the_journal_stays(out: Path) -> None:
+    with pytest.raises(AllFailed, match=r"every candidate failed \(error\)"):
+        tuned(out, model="fake:all-fail")
+    assert {path.name for path in out.iterdir()} == {"journal.jsonl"}
+    assert list(read_journal(out / "journal.jsonl"))
+
+
+SECRET = "my own words that nobody else may read"
+
+
+@pytest.mark.parametrize("kind", ["text", "file"])
+@pytest.mark.parametrize("behaviour", ["secret", "tiny"])
+def test_a_users_prompt_is_in_no_file(out: Path, tmp_path: Path, kind: Any, behaviour: str) -> None:
+    text = tmp_path / "private-folder" / "prompt.txt"
+    text.parent.mkdir()
+    text.write_text(SECRET)
+    profile = Profile(
+        name="own",
+        scenarios=(Scenario(prompt_tokens=32, output_tokens=4),),
+        objective=Objective(decode=1),
+        prompt=PromptSource(kind=kind, value=SECRET if kind == "text" else str(text)),
+    )
+    tuned(out, model=f"fake:{behaviour}", profile=profile)
+    written = "".join(path.read_text() for path in out.iterdir())
+    assert "nobody else" not in written
+    assert "private-folder" not in written
+
+
+def test_the_snippet_runs_and_prints_the_plans_metrics(out: Path) -> None:
+    plan = tuned(out, model="fake:tiny").plan
+    done = subprocess.run([sys.executable, out / "snippet.py"], capture_output=True, text=True, check=True)
+    fields = dict(pair.split("=") for pair in done.stdout.split())
+    measured = by_label(plan)[plan.winner.label].scenarios[0]
+    assert float(fields["decode_tps"]) == pytest.approx(measured.decode_tps.median, rel=0.05)
+    assert float(fields["ttft_s"]) == pytest.approx(measured.ttft_s.median, rel=0.05)
+
+
+def test_memory_of_winner_and_incumbent_is_read_in_processes_of_their_own(out: Path) -> None:
+    results = by_label(tuned(out, model="fake:tiny").plan)
+    assert results["default"].scenarios[0].peak_host_bytes
+    assert results["cache=static"].scenarios[0].peak_host_bytes
+    assert results["kernel=eager"].scenarios[0].peak_host_bytes is None
+
+
+def test_unknown_memory_stays_unknown(out: Path) -> None:
+    for candidate in tuned(out, model="fake-server:tiny").plan.candidates:
+        assert all(scenario.peak_host_bytes is None for scenario in candidate.scenarios)
+
+
+def test_settings_can_be_pinned_excluded_and_the_incumbent_chosen(out: Path) -> None:
+    request = {"pinned": {"kernel": "eager"}, "excluded": (("cache", "static"),), "space": "default"}
+    plan = tuned(out, model="fake:tiny", incumbent={"cache": "offloaded"}, **request).plan
+    assert plan.incumbent.settings == {"cache": "offloaded", "kernel": "eager", "graph": "off"}
+    assert plan.winner.settings == {"cache": "dynamic", "kernel": "eager", "graph": "off"}
+    assert {c.settings["cache"] for c in plan.candidates if c.state == "excluded"} == {"static", "paged"}
+
+
+def test_a_pinned_lossy_value_is_accepted(out: Path) -> None:
+    plan = tuned(out, model="fake:tiny", space="full", pinned={"cache": "quantized"}).plan
+    assert plan.winner.settings["cache"] == "quantized"
+
+
+def test_a_lossy_candidate_is_measured_and_cannot_win(out: Path) -> None:
+    plan = tuned(out, model="fake-server:tiny", space="full").plan
+    lossy = [candidate for candidate in plan.candidates if candidate.fidelity["lossy"] and candidate.state == "ok"]
+    assert lossy
+    assert all("may change the output" in (candidate.reason or "") for candidate in lossy)
+    assert any("may change the output" in note for note in plan.notes)
+
+
+def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:
+    seen: list[Progress] = []
+    tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), seen.append)
+    left = [progress.launches_left for progress in seen if progress.launches_done]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] <= 1
+    assert any(progress.activity.startswith("timing ") for progress in seen)
+    assert seen[-1].left_s is not None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"engine": "none"}, "no engine is called 'none'"),
+        ({"model": "fake:none"}, "has no model"),
+        ({"model": "fake:tiny", "device": "cuda"}, "has no device 'cuda'"),
+        ({"model": "fake:tiny", "profile": "none"}, "unknown profile"),
+        ({"model": "fake:tiny", "contexts": (4096,)}, "exceed the model's 4096"),
+        ({"model": "fake:tiny", "pinned": {"x": "y"}}, "unknown knob 'x'"),
+    ],
+)
+def test_unusable_input_touches_nothing(out: Path, request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        tuned(out, **request_)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_an_existing_run_is_refused_and_moved_aside_only_by_force(out: Path) -> None:
+    tuned(out, model="fake:tiny")
+    before = (out / "journal.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="is not empty"):
+        tuned(out, model="fake:tiny")
+    assert (out / "journal.jsonl").read_bytes() == before
+    tuned(out, model="fake:tiny", force=True)
+    assert (out.with_name("out.1") / "journal.jsonl").read_bytes() == before
+
+
+def test_an_out_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below"):
+        with pytest.raises(UsageError, match="--out"):
+            tuned(out, model="fake:tiny")
+    assert file.read_text() == "kept"
+
+
+def test_without_out_the_directory_is_named_after_model_and_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = tuned(None, model="fake:tiny")  # type: ignore[arg-type]
+    assert result.out == Path("kvat-out/fake-tiny-ci-micro")
+    assert (tmp_path / result.out / "best_plan.json").is_file()
+
+
+def test_the_plan_is_published_format_1(out: Path) -> None:
+    tuned(out, model="fake:tiny")
+    data = json.loads((out / "best_plan.json").read_text())
+    assert data["format"] == 1
+    for key in ("kvat", "created", "engine", "model", "machine", "profile", "incumbent", "winner", "verdict", "ratio"):
+        assert key in data
+    for key in ("confidence", "equivalents", "max_context", "metrics", "rules", "candidates", "journal"):
+        assert key in data
+    assert set(data["ratio"]["score"]) >= {"value", "low", "high"}
+    assert set(data["candidates"][0]["scenarios"][0]["ttft_s"]) == {"median", "low", "high", "n"}
