@@ -12,7 +12,7 @@ from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario, Target
 from kvat_engine_minimal.adapter import generate
 
-SCENARIO = Scenario(prompt_tokens=2000, output_tokens=20, batch_size=2)
+SCENARIO = Scenario(prompt_tokens=500, output_tokens=20, batch_size=2)
 TEXT = PromptSource(kind="text", value="pack my box with five dozen liquor jugs. ")
 
 
@@ -26,13 +26,17 @@ def worker(cache: str) -> tuple[EngineAdapter, Recipe]:
     return adapter, recipe
 
 
+def test_text_goes_on_as_a_similar_passage_did() -> None:
+    assert generate(["one two three one two th"], 9, cache="keys").texts == ["ree one t"]
+
+
 def test_both_caches_write_the_same_text() -> None:
     prompts = ["abracadabra", "a", "hello world, hello"]
 
-    assert generate(prompts, 50, cache="text").texts == generate(prompts, 50, cache="counts").texts
+    assert generate(prompts, 50, cache="off").texts == generate(prompts, 50, cache="keys").texts
 
 
-@pytest.mark.parametrize("cache", ["text", "counts"])
+@pytest.mark.parametrize("cache", ["off", "keys"])
 def test_counts_and_times_are_those_of_the_scenario(cache: str) -> None:
     adapter, _ = worker(cache)
     prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, nonce=1)
@@ -47,30 +51,30 @@ def test_counts_and_times_are_those_of_the_scenario(cache: str) -> None:
 
 
 def test_read_back_tells_the_caches_apart_in_one_process() -> None:
-    adapter, text = worker("text")
-    _, counts = worker("counts")
+    adapter, off = worker("off")
+    _, keys = worker("keys")
     prompt = adapter.make_prompt(TEXT, 100, 1, nonce=1)
     found = []
-    for recipe in (text, counts, text):
+    for recipe in (off, keys, off):
         adapter.prepare_cache(recipe)
         found.append(adapter.applied(prompt))
 
-    assert [applied.values["cache"] for applied in found] == [["TextCache"], ["CountsCache"], ["TextCache"]]
+    assert [applied.values["cache"] for applied in found] == [["RecomputedKeys"], ["KeptKeys"], ["RecomputedKeys"]]
     assert all(applied.mismatches == () for applied in found)
 
 
-def test_keeping_counts_decodes_faster() -> None:
+def test_keeping_keys_decodes_faster() -> None:
     gaps = {}
-    for cache in ("text", "counts"):
+    for cache in ("off", "keys"):
         adapter, _ = worker(cache)
-        request = adapter.run_decode(adapter.make_prompt(TEXT, 2000, 1, nonce=1), 20).requests[0]
+        request = adapter.run_decode(adapter.make_prompt(TEXT, 500, 1, nonce=1), 20).requests[0]
         gaps[cache] = statistics.median(request.token_gaps_s or ())
 
-    assert gaps["counts"] < gaps["text"]
+    assert gaps["keys"] < gaps["off"]
 
 
 def test_prompts_differ_by_nonce_from_the_first_letter() -> None:
-    adapter, _ = worker("text")
+    adapter, _ = worker("off")
 
     assert adapter.make_prompt(TEXT, 50, 2, nonce=7) == adapter.make_prompt(TEXT, 50, 2, nonce=7)
     assert len({adapter.make_prompt(TEXT, 50, 1, nonce)[0][0] for nonce in range(16)}) == 16
@@ -79,7 +83,7 @@ def test_prompts_differ_by_nonce_from_the_first_letter() -> None:
 def test_unknown_model_and_device_are_refused() -> None:
     engine = load_engine("minimal")
 
-    with pytest.raises(UsageError, match="use --model minimal:bigram"):
+    with pytest.raises(UsageError, match="use --model minimal:nearest"):
         engine.describe(ModelRef(id="gpt2"), "cpu")
     with pytest.raises(UsageError, match="use --device cpu"):
         engine.probe("cuda")

@@ -89,6 +89,7 @@ def header(**changes: object) -> Header:
         "pinned": {},
         "excluded": (),
         "seed": 0,
+        "probe_s": 0.0,
         "instrument": (),
     }
     return Header.model_validate({**fields, **changes})

@@ -14,6 +14,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+
 from kvat_core.engine import Engine, EngineAdapter, EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.fake import FakeEngine, FakeServerEngine

@@ -58,15 +58,14 @@ def test_scenarios_count_by_their_weight(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_id", "public"),
+    ("model_id", "local", "public"),
     [
-        ("/home/somebody/models/mine", "./mine"),
-        ("./models/mine", "./mine"),
-        ("../mine/", "./mine"),
-        ("~/mine", "./mine"),
-        ("owner/name", "owner/name"),
-        ("builtin:llama", "builtin:llama"),
+        ("/home/somebody/models/mine", True, "./mine"),
+        ("models/mine", True, "./mine"),
+        ("random:/home/somebody/shapes/mine", True, "random:./mine"),
+        ("owner/name", False, "owner/name"),
+        ("builtin:llama", False, "builtin:llama"),
     ],
 )
-def test_of_a_local_path_only_the_last_part_is_shown(model_id: str, public: str) -> None:
-    assert public_model_id(model_id) == public
+def test_of_a_local_path_only_the_last_part_is_shown(model_id: str, local: bool, public: str) -> None:
+    assert public_model_id(model_id, local) == public

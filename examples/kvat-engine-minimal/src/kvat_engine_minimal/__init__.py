@@ -10,11 +10,11 @@ from kvat_core.engine import Engine, EngineAdapter, Probe, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import Knob, KnobValue, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
 
-MODEL = "minimal:bigram"
+MODEL = "minimal:nearest"
 
 
 class MinimalEngine(Engine):
-    """Generates text letter by letter: after each letter the one that followed it most often so far."""
+    """Generates text letter by letter: each time the one that followed the most similar passage so far."""
 
     name = "minimal"
     own_models = (MODEL,)
@@ -29,13 +29,13 @@ class MinimalEngine(Engine):
         """The one model there is; what does not apply to it stays null, so nothing is predicted from it."""
         if model.id != MODEL:
             raise UsageError(f"engine minimal has no model {model.id!r}; use --model {MODEL}")
-        return ModelShape(architecture="bigram", layers=1, attention=("other",), weights="random")
+        return ModelShape(architecture="nearest", layers=1, attention=("other",), weights="random")
 
     def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:
         """One knob. Neither value changes the output, so neither is lossy."""
-        text = KnobValue(name="text", space="safe")
-        counts = KnobValue(name="counts", space="safe", simplicity=1)
-        return (Knob(name="cache", values=(text, counts), default="text"),)
+        off = KnobValue(name="off", space="safe")
+        keys = KnobValue(name="keys", space="safe", simplicity=1)
+        return (Knob(name="cache", values=(off, keys), default="off"),)
 
     def check(self, settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
         """With a single knob there is no impossible combination."""

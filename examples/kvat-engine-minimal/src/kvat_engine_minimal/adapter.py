@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
@@ -78,43 +77,27 @@ class MinimalAdapter(EngineAdapter):
 # The engine ---------------------------------------------------------------------------------------
 
 
-class TextCache:
-    """Keeps the letters and counts them again for every token."""
+class RecomputedKeys:
+    """No cache: the keys of all positions are computed again for every token."""
 
-    def __init__(self, prompt: str) -> None:
-        self._letters = list(prompt)
-
-    def append(self, letter: str) -> None:
-        """Take in the next letter."""
-        self._letters.append(letter)
-
-    def likeliest(self) -> str:
-        """What followed the last letter most often so far; if nothing did, a space."""
-        followers = Counter(after for before, after in pairwise(self._letters) if before == self._letters[-1])
-        return followers.most_common(1)[0][0] if followers else " "
+    def of(self, letters: Sequence[str]) -> list[int]:
+        """The key of each position."""
+        return [_key(letters, position) for position in range(len(letters))]
 
 
-class CountsCache:
-    """Keeps the counts, which grow by one with every letter."""
+class KeptKeys:
+    """A cache: only the keys of new positions are computed."""
 
-    def __init__(self, prompt: str) -> None:
-        self._last = prompt[0]
-        self._followers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for letter in prompt[1:]:
-            self.append(letter)
+    def __init__(self) -> None:
+        self._keys: list[int] = []
 
-    def append(self, letter: str) -> None:
-        """Take in the next letter."""
-        self._followers[self._last][letter] += 1
-        self._last = letter
-
-    def likeliest(self) -> str:
-        """What followed the last letter most often so far; if nothing did, a space."""
-        followers = self._followers[self._last]
-        return followers.most_common(1)[0][0] if followers else " "
+    def of(self, letters: Sequence[str]) -> list[int]:
+        """The key of each position; `letters` may only have grown since the last call."""
+        self._keys.extend(_key(letters, position) for position in range(len(self._keys), len(letters)))
+        return self._keys
 
 
-CACHES: dict[str, type[TextCache] | type[CountsCache]] = {"text": TextCache, "counts": CountsCache}
+CACHES: dict[str, type[RecomputedKeys] | type[KeptKeys]] = {"off": RecomputedKeys, "keys": KeptKeys}
 
 
 @dataclass(frozen=True)
@@ -124,19 +107,33 @@ class Generation:
     texts: list[str]
     times_s: list[float]
     """From the start of the call to each token; a batch goes step by step, so all rows share them."""
-    caches: list[TextCache | CountsCache]
+    caches: list[RecomputedKeys | KeptKeys]
 
 
 def generate(prompts: Sequence[str], new_tokens: int, cache: str) -> Generation:
     """Continue each prompt by that many letters."""
     start_s = perf_counter()
-    caches = [CACHES[cache](prompt) for prompt in prompts]
-    texts = [""] * len(prompts)
+    caches = [CACHES[cache]() for _ in prompts]
+    rows = [list(prompt) for prompt in prompts]
     times_s = []
     for _ in range(new_tokens):
-        for row, row_cache in enumerate(caches):
-            letter = row_cache.likeliest()
-            row_cache.append(letter)
-            texts[row] += letter
+        for letters, row_cache in zip(rows, caches, strict=True):
+            letters.append(_next_letter(letters, row_cache.of(letters)))
         times_s.append(perf_counter() - start_s)
+    texts = ["".join(letters[len(prompt) :]) for letters, prompt in zip(rows, prompts, strict=True)]
     return Generation(texts, times_s, caches)
+
+
+def _next_letter(letters: Sequence[str], keys: Sequence[int]) -> str:
+    """What came after the earlier position whose key has most bits in common with the last one's."""
+    query = keys[-1]
+    nearest = max(range(len(keys) - 1), key=lambda position: (keys[position] & query).bit_count(), default=-1)
+    return letters[nearest + 1]
+
+
+def _key(letters: Sequence[str], position: int) -> int:
+    """Fingerprint of the sixteen letters that end at a position: a bit for each letter at its distance."""
+    key = 0
+    for distance, letter in enumerate(reversed(letters[max(0, position - 15) : position + 1])):
+        key |= 1 << (31 * ord(letter) + 7 * distance) % 256
+    return key

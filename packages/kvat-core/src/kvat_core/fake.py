@@ -40,7 +40,6 @@ from itertools import cycle, islice
 from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
-from typing_extensions import override
 
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Probe, SpaceRequest
 from kvat_core.errors import UsageError
@@ -187,13 +186,11 @@ def _chatter() -> None:
 class _ScriptedEngine(Engine):
     """What both faces have in common."""
 
-    @override
     def probe(self, device: str | None) -> Probe:
         if device not in (None, "cpu"):
             raise UsageError(f"engine {self.name!r} has no device {device!r}; use --device cpu")
         return Probe(device="cpu", versions={"kvat-core": version("kvat-core")})
 
-    @override
     def describe(self, model: ModelRef, device: str) -> ModelShape:
         scheme, _, behaviour = model.id.partition(":")
         if scheme != self.name or behaviour not in _BEHAVIOURS:
@@ -201,11 +198,9 @@ class _ScriptedEngine(Engine):
             raise UsageError(f"engine {self.name!r} has no model {model.id!r}; choose one of {known}")
         return _SHAPE
 
-    @override
     def instrument(self) -> Sequence[str]:
         return ("virtual clock: nothing is computed, the times follow from the settings",)
 
-    @override
     def snippet(self, plan: Plan) -> Mapping[str, str]:
         target = Target(
             model=ModelRef(id=plan.model.id, revision=plan.model.revision),
@@ -226,7 +221,6 @@ class FakeEngine(_ScriptedEngine):
     name = "fake"
     own_models = ("fake:tiny", "fake:")
 
-    @override
     def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:
         return (
             Knob(
@@ -260,13 +254,11 @@ class FakeEngine(_ScriptedEngine):
             ),
         )
 
-    @override
     def check(self, settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
         if settings["graph"] == "on" and settings["kernel"] == "eager":
             return "a graph cannot be captured with the eager kernel"
         return None
 
-    @override
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         compiles = settings["graph"] == "on"
         slots = scenario.total_tokens if settings["cache"] == "static" else None
@@ -279,7 +271,6 @@ class FakeEngine(_ScriptedEngine):
             compiles=compiles,
         )
 
-    @override
     def adapter(self) -> EngineAdapter:
         return _InProcessAdapter()
 
@@ -291,7 +282,6 @@ class FakeServerEngine(_ScriptedEngine):
     placement = "children"
     own_models = ("fake-server:tiny", "fake-server:")
 
-    @override
     def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:
         return (
             Knob(
@@ -320,13 +310,11 @@ class FakeServerEngine(_ScriptedEngine):
             ),
         )
 
-    @override
     def check(self, settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
         if settings["draft"] == "ngram" and settings["flash"] == "off":
             return "drafts can only be verified with flash attention"
         return None
 
-    @override
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         context_tokens = math.ceil(scenario.total_tokens / 256) * 256
         return Recipe(
@@ -336,7 +324,6 @@ class FakeServerEngine(_ScriptedEngine):
             arguments={"draft": settings["draft"]},
         )
 
-    @override
     def adapter(self) -> EngineAdapter:
         return _ServerAdapter()
 

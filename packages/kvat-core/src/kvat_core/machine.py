@@ -17,7 +17,7 @@ SHORT_MEMORY_SHARE = 0.1
 
 
 def read_machine(device: str, threads: int | None) -> Machine:
-    """Describe this machine for a run on `device` with `threads` CPU threads (None = the engine's default)."""
+    """Describe this machine for a run on `device` with `threads` CPU threads (None = not the engine's business)."""
     facts = {
         "device": device,
         "cpu": cpu.cpu_name(),

@@ -53,7 +53,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         created=header.created,
         engine=PlanEngine(name=header.engine, versions=header.versions),
         model=PlanModel(
-            id=public_model_id(header.target.model.id),
+            id=header.target.model.id,
             revision=header.shape.revision,
             weights=header.shape.weights,
             sha256=header.shape.sha256,
@@ -75,11 +75,12 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     )
 
 
-def public_model_id(model_id: str) -> str:
-    """The model's name as it may be shown to others: of a local path only the last part."""
-    if model_id.startswith((".", "/", "~")) or PurePath(model_id).is_absolute():
-        return f"./{PurePath(model_id).name}"
-    return model_id
+def public_model_id(model_id: str, local: bool) -> str:
+    """The model's name as it may be shown to others: of a local path only the last part, behind its scheme."""
+    if not local:
+        return model_id
+    scheme, colon, path = model_id.rpartition(":")
+    return f"{scheme}{colon}./{PurePath(path).name}"
 
 
 def _no_winner(run: Run) -> AllFailed | NothingFeasible:

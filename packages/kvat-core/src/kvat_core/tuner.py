@@ -56,7 +56,7 @@ class TuneRequest:
     device: str | None = None
     """None = the best one present."""
     threads: int | None = None
-    """CPU threads; None = the engine's default."""
+    """CPU threads; None = what the engine uses by itself."""
     profile: str | Profile | None = None
     """Preset name, JSON file or object; None = ci-micro for the demonstration model, else chat-agent."""
     contexts: tuple[int, ...] = ()
@@ -99,7 +99,7 @@ class TuneResult:
     loading_s: float
     """Spawning workers, importing their libraries and loading the model."""
     importing_s: float
-    """The part of `loading_s` before `load_model`."""
+    """The part of `loading_s` before `load_model`, the probing child included."""
     generating_s: float
     warnings: tuple[str, ...]
     """Report renderers that could not be used, one line each."""
@@ -136,9 +136,11 @@ def tune(
     )
     profile = _profile(request)
     source = prompts.resolve(profile.prompt)
-    out = Path(request.out or Path("kvat-out") / _slug(f"{public_model_id(model.id)}-{profile.name}"))
+    out = request.out or _default_out(model.id, profile.name)
     outputs.check_out(out, request.force)
+    probing = time.perf_counter()
     probe, shape = _ask_child(engine, model, request.device, open_worker, limits)
+    probe_s = time.perf_counter() - probing
     fitted, notes = profiles.fit(
         profile,
         preset=profile.name in profiles.presets(),
@@ -146,8 +148,8 @@ def tune(
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,
     )
-    target = Target(model=model, device=probe.device, threads=request.threads)
-    header = _header(request, engine, probe, shape, target, fitted, notes)
+    target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
+    header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
 
     outputs.open_out(out)
@@ -186,8 +188,9 @@ def _profile(request: TuneRequest) -> Profile:
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+def _default_out(model_id: str, profile_name: str) -> Path:
+    name = public_model_id(model_id, local=Path(model_id).exists())
+    return Path("kvat-out") / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{profile_name}").strip("-.")
 
 
 def _ask_child(
@@ -219,8 +222,9 @@ def _header(
     target: Target,
     profile: Profile,
     notes: tuple[str, ...],
+    probe_s: float,
 ) -> Header:
-    public = target.model.model_copy(update={"id": public_model_id(target.model.id)})
+    public = target.model.model_copy(update={"id": public_model_id(target.model.id, shape.local)})
     return Header(
         kvat=version("kvat-core"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -228,12 +232,13 @@ def _header(
         versions=probe.versions,
         target=target.model_copy(update={"model": public}),
         shape=shape,
-        machine=machine.read_machine(probe.device, request.threads),
+        machine=machine.read_machine(target.device, target.threads),
         profile=profile.redacted(),
         space=request.space,
         pinned=dict(request.pinned),
         excluded=request.excluded,
         seed=request.seed,
+        probe_s=probe_s,
         instrument=tuple(engine.instrument()),
         notes=notes,
     )
@@ -281,7 +286,7 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
             **{report.file_name: report.render(plan) for report in reports},
         },
     )
-    importing_s = sum(loaded.start_s for loaded in run.loaded)
+    importing_s = run.header.probe_s + sum(loaded.start_s for loaded in run.loaded)
     return TuneResult(
         plan=plan,
         out=out,

@@ -13,15 +13,16 @@ from kvat_engine_transformers.engine import TransformersEngine
 
 if TYPE_CHECKING:
     from kvat_engine_transformers.adapter import TransformersAdapter
-    from kvat_engine_transformers.models import builtin_path
+    from kvat_engine_transformers.models import builtin_path, random_path
     from kvat_engine_transformers.random_model import build_random_model
 
-__all__ = ["TransformersAdapter", "TransformersEngine", "build_random_model", "builtin_path"]
+__all__ = ["TransformersAdapter", "TransformersEngine", "build_random_model", "builtin_path", "random_path"]
 
 _HEAVY = {
     "TransformersAdapter": "kvat_engine_transformers.adapter",
     "build_random_model": "kvat_engine_transformers.random_model",
     "builtin_path": "kvat_engine_transformers.models",
+    "random_path": "kvat_engine_transformers.models",
 }
 
 

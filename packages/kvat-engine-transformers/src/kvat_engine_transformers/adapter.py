@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
 from pydantic import JsonValue
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvat_engine_transformers import actions, proof
 from kvat_engine_transformers.failures import translated
@@ -44,7 +43,7 @@ class TokenClock:
 class Call(NamedTuple):
     """One call of generate with its times on the host."""
 
-    output: Any
+    tokens: torch.Tensor
     prompt_tokens: int
     start_ns: int
     token_ns: list[int]
@@ -56,9 +55,9 @@ class TransformersAdapter(EngineAdapter):
     """Executes recipes by calling `generate`."""
 
     _model: PreTrainedModel
-    _recipe: Recipe
 
     def __init__(self) -> None:
+        self._prepared: Recipe | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._cache_bytes: int | None = None
 
@@ -89,13 +88,14 @@ class TransformersAdapter(EngineAdapter):
         return torch.tensor(rows, device=self._model.device)
 
     def prepare_cache(self, strategy: Recipe) -> None:
-        if any(name in vars(self._model) for name in _LEFT_BEHIND[1:]):
+        if strategy == self._prepared:
+            return
+        if "_compiled_call" in vars(self._model):
             torch.compiler.reset()
         for name in _LEFT_BEHIND:
             vars(self._model).pop(name, None)
         self._cache_bytes = None
-        self._recipe = strategy
-        gc.collect()
+        self._prepared = strategy
 
     def run_decode(self, prompt: torch.Tensor, max_new_tokens: int) -> Timeline:
         return _timeline(self._generate(prompt, max_new_tokens))
@@ -106,7 +106,7 @@ class TransformersAdapter(EngineAdapter):
 
     def applied(self, prompt: torch.Tensor) -> Applied:
         with translated(), actions.entered(self._recipe):
-            seen = proof.observe(self._model, prompt, self._arguments(PROOF_TOKENS), compiles=self._recipe.compiles)
+            seen = proof.observe(self._model, prompt, self._arguments(PROOF_TOKENS))
         return proof.compare(seen, self._recipe)
 
     def measure_resources(self) -> Resources:
@@ -118,11 +118,14 @@ class TransformersAdapter(EngineAdapter):
         )
 
     def cleanup(self) -> None:
+        # The process ends with the launch, and with it whatever torch still holds.
         del self._model
         self._tokenizer = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+    @property
+    def _recipe(self) -> Recipe:
+        assert self._prepared is not None, "prepare_cache comes first"
+        return self._prepared
 
     def _arguments(self, max_new_tokens: int) -> dict[str, Any]:
         """The recipe's arguments for another number of tokens, and what makes that number exact."""
@@ -143,7 +146,8 @@ class TransformersAdapter(EngineAdapter):
         tokens, cache = _unpack(output)
         if cache is not None:
             self._cache_bytes = cache_bytes(cache)
-            _require_slots(cache, actions.slots(self._recipe), prompt.shape[1] + max_new_tokens)
+            if wrong := proof.wrong_slots(cache, self._recipe):
+                raise EngineError("not_applied", wrong)
         return Call(tokens, prompt.shape[1], start_ns, clock.times_ns[1:], end_ns, proof.compiled_graphs() - graphs)
 
     def _encode(self, text: str) -> list[int]:
@@ -157,3 +161,50 @@ class TransformersAdapter(EngineAdapter):
     def _vocabulary(self) -> int:
         size = int(self._model.config.get_text_config(decoder=True).vocab_size)
         return size if self._tokenizer is None else min(size, len(self._tokenizer))
+
+
+def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) -> PreTrainedModel:
+    if source.kind == "random":
+        return build_random_model(source.path, dtype=dtype, device=device, attention=attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def _timeline(call: Call) -> Timeline:
+    """All requests of a batch share their steps, so they share their times."""
+    first_ns, last_ns = call.token_ns[0], call.token_ns[-1]
+    gaps_s = tuple((later - earlier) / 1e9 for earlier, later in pairwise(call.token_ns))
+    request = RequestTiming(
+        prompt_tokens=call.prompt_tokens,
+        output_tokens=call.tokens.shape[1] - call.prompt_tokens,
+        ttft_s=(first_ns - call.start_ns) / 1e9,
+        e2e_s=(last_ns - call.start_ns) / 1e9,
+        token_gaps_s=gaps_s,
+    )
+    return Timeline(
+        clock="host",
+        duration_s=(call.end_ns - call.start_ns) / 1e9,
+        requests=(request,) * call.tokens.shape[0],
+        compilations=call.compilations,
+    )
+
+
+def _unpack(output: Any) -> tuple[torch.Tensor, Cache | None]:
+    if isinstance(output, torch.Tensor):
+        return output, None
+    return output.sequences, output.past_key_values
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for work queued before the call; the call itself ends with its tokens on the host."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -23,7 +23,7 @@ def probe_device(device: str | None) -> Probe:
     """
     chosen = _choose(device)
     facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
-    return Probe(device=chosen, versions=_versions(), facts=facts)
+    return Probe(device=chosen, threads=torch.get_num_threads(), versions=_versions(), facts=facts)
 
 
 def _choose(asked: str | None) -> str:

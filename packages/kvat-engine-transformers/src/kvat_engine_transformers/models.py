@@ -28,6 +28,7 @@ from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 
 _PACKAGE = Path(__file__).parent
+_SHAPES = _PACKAGE / "shapes"
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -49,6 +50,21 @@ def builtin_path(name: str) -> Path:
     return _named(_PACKAGE / "builtin", name, BUILTIN)
 
 
+def random_path(name: str) -> Path:
+    """Directory of a shape that comes with this package, or the directory of that name.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if len(Path(name).parts) == 1 and (_SHAPES / name / "config.json").is_file():
+        return _SHAPES / name
+    if name and (Path(name) / "config.json").is_file():
+        return Path(name)
+    if len(Path(name).parts) > 1:
+        raise UsageError(f"random:{name} needs a directory with a config.json; there is none")
+    return _named(_SHAPES, name, RANDOM)
+
+
 def resolve(model_id: str, revision: str | None, allow_download: bool) -> Source:
     """Find the files of a model.
 
@@ -58,7 +74,7 @@ def resolve(model_id: str, revision: str | None, allow_download: bool) -> Source
     if model_id.startswith(BUILTIN):
         return Source("builtin", builtin_path(model_id.removeprefix(BUILTIN)))
     if model_id.startswith(RANDOM):
-        return Source("random", _shape_path(model_id.removeprefix(RANDOM)))
+        return Source("random", random_path(model_id.removeprefix(RANDOM)))
     if Path(model_id).is_dir():
         return Source("directory", Path(model_id))
     if Path(model_id).is_absolute() or model_id.startswith("."):
@@ -94,6 +110,7 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
         weight_bytes=weight_bytes,
         weights="random" if source.kind == "random" else "checkpoint",
         revision=source.revision,
+        local=source.kind == "directory" or (source.kind == "random" and source.path.parent != _SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
         has_tokenizer=source.kind != "random" and has_tokenizer(source.path),
     )
@@ -109,17 +126,6 @@ def _named(folder: Path, name: str, scheme: str) -> Path:
     if name not in known:
         raise UsageError(f"there is no model {scheme}{name}; choose one of: {', '.join(scheme + one for one in known)}")
     return folder / name
-
-
-def _shape_path(name: str) -> Path:
-    preset = _PACKAGE / "shapes" / name
-    if len(Path(name).parts) == 1 and (preset / "config.json").is_file():
-        return preset
-    if (Path(name) / "config.json").is_file() and name:
-        return Path(name)
-    if len(Path(name).parts) > 1:
-        raise UsageError(f"random:{name} needs a directory with a config.json; there is none")
-    return _named(_PACKAGE / "shapes", name, RANDOM)
 
 
 def _hub_files(model_id: str, revision: str | None, allow_download: bool) -> Path:

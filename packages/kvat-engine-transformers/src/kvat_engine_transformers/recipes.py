@@ -9,7 +9,8 @@ from pydantic import JsonValue
 
 from kvat_engine_transformers.knobs import KERNELS
 
-WARMUP_EAGER = 2
+WARMUP_EAGER = 1
+# The proof call before it has already run every kernel once.
 WARMUP_COMPILED = 5
 
 

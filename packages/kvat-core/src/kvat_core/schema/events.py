@@ -38,6 +38,7 @@ class Header(Record):
     pinned: dict[str, str] = Field(description="--set")
     excluded: tuple[tuple[str, str], ...] = Field(description="--exclude")
     seed: int
+    probe_s: float = Field(description="spent in the child that probed machine and model, most of it importing")
     instrument: tuple[str, ...] = Field(description="what a timed call adds to the recipe")
     notes: tuple[str, ...] = ()
 

@@ -35,4 +35,5 @@ class ModelShape(Record):
     weights: Literal["checkpoint", "random"] = "checkpoint"
     revision: str | None = Field(default=None, description="revision that was resolved, where the source has any")
     sha256: str | None = Field(default=None, description="digest of the weight files, where they are local")
+    local: bool = Field(default=False, description="named by a path on this machine, which no output may show")
     has_tokenizer: bool = True

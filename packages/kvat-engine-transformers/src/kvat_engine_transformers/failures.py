@@ -1,0 +1,44 @@
+"""Exceptions of torch and Transformers as failure kinds; what is not known here stays foreign."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from kvat_core.engine import EngineError
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what torch raises into an `EngineError` where its meaning is known.
+
+    Raises:
+        EngineError: out of memory, a kernel that cannot serve this call, a missing compiler,
+            or a device that is broken for the rest of the process.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError("oom_device", "the device ran out of memory") from error
+    except RuntimeError as error:
+        known = _known(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known(error: RuntimeError) -> EngineError | None:
+    """Torch tells most of its errors apart by their text alone."""
+    text = str(error)
+    if "DefaultCPUAllocator" in text and "memory" in text:
+        return EngineError("oom_host", "the host ran out of memory")
+    if "No viable backend for scaled_dot_product_attention" in text:
+        return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
+    if "No available kernel" in text:
+        return EngineError("unsupported", "the forced attention kernel is not available on this device")
+    if type(error).__name__ == "InvalidCxxCompiler" or "InvalidCxxCompiler" in text:
+        return EngineError("unsupported", "torch.compile found no working C++ compiler; install g++ or set CXX")
+    if type(error).__name__ == "AcceleratorError":
+        return EngineError("device_error", "the accelerator reported an error that only a new process can clear")
+    return None

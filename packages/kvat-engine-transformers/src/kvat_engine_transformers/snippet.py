@@ -1,0 +1,211 @@
+"""The winner's recipe as a script: the same calls that were measured, in plain Transformers code."""
+
+from __future__ import annotations
+
+import pprint
+from collections.abc import Iterable, Mapping
+
+from kvat_core.schema import ContextCall, ModelRef, Plan, Recipe, Scenario, Target
+from pydantic import JsonValue
+
+from kvat_engine_transformers.naming import BUILTIN, RANDOM
+from kvat_engine_transformers.recipes import recipe
+
+_TEMPLATE = '''\
+"""{title}
+
+    python snippet.py{usage}
+
+Loads the model as it was measured and, for each scenario of the plan, prints the time to first token and the
+decode rate by the plan's definitions. Take `load` and `generate` over into your own code:
+
+    model = load()
+    output = generate(model, tokenizer(text, return_tensors="pt").input_ids.to(model.device), max_new_tokens=128)
+{notes}"""
+
+import os
+{sys_import}import time
+
+# Read when the libraries are imported, so it comes before them.
+os.environ.update({environment})
+
+import torch
+{imports}
+{model_constant}
+# Prompt tokens, output tokens, batch size; by total length, because Transformers keeps the largest static cache
+# of a process and would give a shorter scenario the longer one's.
+SCENARIOS = {scenarios}
+
+
+def load():
+    """Load the model with the measured dtype, attention and threads."""
+    torch.set_num_threads({threads})
+{load_body}
+
+
+def generate(model, input_ids, max_new_tokens, **options):
+    """Generate greedily; every call has a cache of its own. `options` go to `model.generate`."""
+{generate_body}
+
+
+class TokenClock:
+    """A streamer that notes when tokens reach the host; the first thing it gets is the prompt."""
+
+    def __init__(self):
+        self.times_s = []
+
+    def put(self, tokens):
+        self.times_s.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def measure(model, prompt_tokens, output_tokens, batch_size):
+    """Time one call of an exact length after the warm-up of the plan; return TTFT and decode rate."""
+    generator = torch.Generator().manual_seed(0)
+    size = (batch_size, prompt_tokens)
+    input_ids = torch.randint(model.config.get_text_config(decoder=True).vocab_size, size, generator=generator)
+    input_ids = input_ids.to(model.device)
+    for _ in range({warmup} + 1):
+        clock = TokenClock()
+        start_s = time.perf_counter()
+        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock)
+    first_s, last_s = clock.times_s[1], clock.times_s[-1]
+    return first_s - start_s, batch_size * (output_tokens - 1) / (last_s - first_s)
+
+
+def main():
+    """Print one line per scenario."""
+    model = load()
+    for prompt_tokens, output_tokens, batch_size in SCENARIOS:
+        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
+        shape = f"prompt_tokens={{prompt_tokens}} output_tokens={{output_tokens}} batch_size={{batch_size}}"
+        print(f"{{shape}} ttft_s={{ttft_s:.6f}} decode_tps={{decode_tps:.3f}}")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+_RANDOM_NOTE = """
+The weights are random: text is meaningless, speed and memory are those of the architecture.
+"""
+
+
+def render(plan: Plan) -> str:
+    """The script for a plan's winner."""
+    target = Target(
+        model=ModelRef(id=plan.model.id, revision=plan.model.revision),
+        device=plan.machine.device,
+        threads=plan.machine.threads,
+    )
+    scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
+    # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
+    shown = recipe(plan.winner.settings, scenarios[0], target)
+    local = plan.model.id.startswith("./")
+    return _TEMPLATE.format(
+        title=f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}.",
+        usage=" [MODEL_DIRECTORY]" if local else "",
+        notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
+        sys_import="import sys\n" if local else "",
+        environment=_literal(shown.environment),
+        imports="\n".join(_imports(plan.model.id, shown)),
+        model_constant=_model_constant(plan.model.id, local),
+        scenarios=_scenarios(scenarios),
+        threads=plan.machine.threads,
+        load_body="\n".join(_load_body(plan.model.id, plan.model.revision, shown)),
+        generate_body="\n".join(_generate_body(shown)),
+        warmup=plan.profile.warmup or shown.warmup,
+    )
+
+
+def _scenarios(scenarios: Iterable[Scenario]) -> str:
+    return _literal([(one.prompt_tokens, one.output_tokens, one.batch_size) for one in scenarios])
+
+
+def _literal(value: object) -> str:
+    text = pprint.pformat(value, width=80, sort_dicts=False)
+    return text.replace("'", '"')
+
+
+def _imports(model_id: str, shown: Recipe) -> list[str]:
+    lines = []
+    if any(call.name == "torch.nn.attention.sdpa_kernel" for call in shown.context):
+        lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
+    if model_id.startswith(RANDOM):
+        lines.append("from kvat_engine_transformers import build_random_model, random_path")
+    elif model_id.startswith(BUILTIN):
+        lines.append("from kvat_engine_transformers import builtin_path")
+    names = [] if model_id.startswith(RANDOM) else ["AutoModelForCausalLM"]
+    if "compile_config" in shown.arguments:
+        names.append("CompileConfig")
+    if names:
+        lines.append(f"from transformers import {', '.join(names)}")
+    return sorted(lines, key=lambda line: line.split()[1])
+
+
+def _model_constant(model_id: str, local: bool) -> str:
+    if local:
+        return f'\nMODEL = sys.argv[1] if len(sys.argv) > 1 else "{model_id}"'
+    return f'\nMODEL = "{model_id}"' if not model_id.startswith((BUILTIN, RANDOM)) else ""
+
+
+def _load_body(model_id: str, revision: str | None, shown: Recipe) -> list[str]:
+    dtype, device = f"torch.{shown.load['dtype']}", f'"{shown.load["device"]}"'
+    attention = f'"{shown.load["attn_backend"]}"'
+    if model_id.startswith(RANDOM):
+        path = f'random_path("{model_id.removeprefix(RANDOM)}")'
+        return [f"    return build_random_model({path}, dtype={dtype}, device={device}, attention={attention})"]
+    where = f'builtin_path("{model_id.removeprefix(BUILTIN)}")' if model_id.startswith(BUILTIN) else "MODEL"
+    options = [where, f"dtype={dtype}", f"attn_implementation={attention}"]
+    if revision is not None:
+        options.append(f'revision="{revision}"')
+    options += ["local_files_only=True", "use_safetensors=True"]
+    return [
+        "    model = AutoModelForCausalLM.from_pretrained(",
+        *(f"        {option}," for option in options),
+        "    )",
+        f"    return model.to({device}).eval()",
+    ]
+
+
+def _generate_body(shown: Recipe) -> list[str]:
+    call = [
+        "return model.generate(",
+        "    input_ids=input_ids,",
+        "    attention_mask=torch.ones_like(input_ids),",
+        *(f"    {name}={_argument(name, value)}," for name, value in shown.arguments.items()),
+        "    **options,",
+        ")",
+    ]
+    setup = _compile_lines(shown.arguments.get("compile_config"))
+    if shown.context:
+        contexts = ", ".join(_context(one) for one in shown.context)
+        call = [f"with {contexts}:", *(f"    {line}" for line in call)]
+    return [f"    {line}" for line in [*setup, *call]]
+
+
+def _argument(name: str, value: JsonValue) -> str:
+    """Lengths come from the call; everything else is as measured."""
+    if name == "max_new_tokens":
+        return "max_new_tokens"
+    if name == "max_cache_len":
+        return "input_ids.shape[1] + max_new_tokens"
+    if name == "compile_config":
+        return "compile_config"
+    return _literal(value)
+
+
+def _compile_lines(config: JsonValue) -> list[str]:
+    if not isinstance(config, Mapping):
+        return []
+    fields = dict(config)
+    lines = [f'compile_config = CompileConfig(mode="{fields.pop("mode")}")']
+    return [*lines, *(f"compile_config.{name} = {value}" for name, value in fields.items())]
+
+
+def _context(call: ContextCall) -> str:
+    if call.name == "torch.inference_mode":
+        return "torch.inference_mode()"
+    return f"sdpa_kernel(SDPBackend.{call.arguments[0]})"
