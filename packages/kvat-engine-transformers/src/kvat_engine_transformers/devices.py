@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
+from kvat_core.probes.cpu import usable_cores
 from pydantic import JsonValue
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
@@ -23,7 +24,7 @@ def probe_device(device: str | None) -> Probe:
     """
     chosen = _choose(device)
     facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
-    return Probe(device=chosen, threads=torch.get_num_threads(), versions=_versions(), facts=facts)
+    return Probe(device=chosen, threads=_threads(), versions=_versions(), facts=facts)
 
 
 def _choose(asked: str | None) -> str:
@@ -41,6 +42,15 @@ def _present() -> list[str]:
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return [*cuda, *mps, "cpu"]
+
+
+def _threads() -> int:
+    """Torch's own number, but one core stays free.
+
+    OpenMP threads wait for each other by spinning; where any other process takes one of their cores, and be it the
+    one that supervises the measurement, two threads on two cores were seen to be up to ninety times slower than one.
+    """
+    return max(1, min(torch.get_num_threads(), usable_cores() - 1))
 
 
 def _versions() -> dict[str, str]:

@@ -9,8 +9,7 @@ from pydantic import JsonValue
 
 from kvat_engine_transformers.knobs import KERNELS
 
-WARMUP_EAGER = 1
-# The proof call before it has already run every kernel once.
+WARMUP_EAGER = 2
 WARMUP_COMPILED = 5
 
 

@@ -25,6 +25,7 @@ decode rate by the plan's definitions. Take `load` and `generate` over into your
 
 import os
 {sys_import}import time
+from statistics import median
 
 # Read when the libraries are imported, so it comes before them.
 os.environ.update({environment})
@@ -35,6 +36,9 @@ import torch
 # Prompt tokens, output tokens, batch size; by total length, because Transformers keeps the largest static cache
 # of a process and would give a shorter scenario the longer one's.
 SCENARIOS = {scenarios}
+# As in a launch of the plan: calls before the clock, and timed calls whose median counts.
+WARMUP = {warmup}
+SAMPLES = {samples}
 
 
 def load():
@@ -62,17 +66,19 @@ class TokenClock:
 
 
 def measure(model, prompt_tokens, output_tokens, batch_size):
-    """Time one call of an exact length after the warm-up of the plan; return TTFT and decode rate."""
+    """Time calls of an exact length; return the median TTFT and the median decode rate."""
     generator = torch.Generator().manual_seed(0)
-    size = (batch_size, prompt_tokens)
-    input_ids = torch.randint(model.config.get_text_config(decoder=True).vocab_size, size, generator=generator)
-    input_ids = input_ids.to(model.device)
-    for _ in range({warmup} + 1):
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    input_ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(model.device)
+    ttft_s, decode_tps = [], []
+    for _ in range(WARMUP + SAMPLES):
         clock = TokenClock()
         start_s = time.perf_counter()
         generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock)
-    first_s, last_s = clock.times_s[1], clock.times_s[-1]
-    return first_s - start_s, batch_size * (output_tokens - 1) / (last_s - first_s)
+        first_s, last_s = clock.times_s[1], clock.times_s[-1]
+        ttft_s.append(first_s - start_s)
+        decode_tps.append(batch_size * (output_tokens - 1) / (last_s - first_s))
+    return median(ttft_s[WARMUP:]), median(decode_tps[WARMUP:])
 
 
 def main():
@@ -116,7 +122,9 @@ def render(plan: Plan) -> str:
         threads=plan.machine.threads,
         load_body="\n".join(_load_body(plan.model.id, plan.model.revision, shown)),
         generate_body="\n".join(_generate_body(shown)),
-        warmup=plan.profile.warmup or shown.warmup,
+        # The proof call of a launch warms up as well.
+        warmup=1 + (plan.profile.warmup or shown.warmup),
+        samples=plan.profile.samples,
     )
 
 

@@ -1,0 +1,309 @@
+"""Everything that is done to this tree: `nox -l` lists the sessions, `nox -s NAME` runs one.
+
+Sessions that need the packages share one environment per Python (`environment-3.11` and
+so on), because torch alone is 190 MB. The packages in it are editable.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["test"]
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+ENVIRONMENTS = ROOT / ".nox"
+RESULTS = ENVIRONMENTS / "results"
+
+LIBRARIES = ("kvat-core", "kvat-report", "kvat-cli")
+ENGINES = ("kvat-engine-transformers",)
+PACKAGES = (*LIBRARIES, *ENGINES)
+CROSS_PACKAGE = "cross-package"
+
+TORCH_PYTHON = "3.11"
+PINNED = ("-c", "constraints.txt")
+
+
+def supported_pythons() -> list[str]:
+    """The versions that the libraries promise to run on."""
+    return nox.project.python_versions(nox.project.load_toml(ROOT / "packages/kvat-core/pyproject.toml"))
+
+
+def find_python(version: str) -> Path | None:
+    """An interpreter of that version that really runs: a pyenv shim may exist for a version it cannot start."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    on_path = shutil.which(f"python{version}")
+    for python in filter(None, [on_path, *sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))]):
+        if subprocess.run([python, "-c", "import venv"], capture_output=True, check=False).returncode == 0:
+            return Path(python)
+    return None
+
+
+FOUND = {version: python for version in supported_pythons() if (python := find_python(version))}
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *(str(python.parent) for python in FOUND.values())])
+
+
+class Part(NamedTuple):
+    """A session that has run."""
+
+    name: str
+    seconds: float
+    passed: bool
+
+
+DONE: list[Part] = []
+
+
+def part(run: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
+    """Note how long a session takes and how it ends, for the table after `nox -s test`."""
+
+    @functools.wraps(run)
+    def timed(session: nox.Session) -> None:
+        start, passed = time.monotonic(), False
+        try:
+            run(session)
+            passed = True
+        finally:
+            DONE.append(Part(session.name, time.monotonic() - start, passed))
+
+    return timed
+
+
+def group(*names: str) -> list[str]:
+    """The development tools of these dependency groups."""
+    return list(nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), *names))
+
+
+def editable(packages: tuple[str, ...]) -> list[str]:
+    """Arguments of pip that install these packages from the tree."""
+    return ["--no-build-isolation", *(word for package in packages for word in ("-e", f"packages/{package}"))]
+
+
+def program(name: str, python: str = TORCH_PYTHON) -> str:
+    """A program of the shared environment of that Python."""
+    return str(ENVIRONMENTS / f"environment-{python.replace('.', '-')}" / "bin" / name)
+
+
+# Environments and checks
+
+
+@nox.session(python=sorted({*FOUND, TORCH_PYTHON}, key=lambda version: int(version.split(".")[1])))
+@part
+def environment(session: nox.Session) -> None:
+    """Install the packages from the tree, with what tests them; the engines where torch runs."""
+    with_torch = session.python == TORCH_PYTHON
+    session.install(*PINNED, *group("build"))
+    tools = group("test", "types", "layers") if with_torch else group("test")
+    session.install(*PINNED, *tools, *editable(PACKAGES if with_torch else LIBRARIES))
+
+
+@nox.session
+@part
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install(*PINNED, *group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+@part
+def layers(session: nox.Session) -> None:
+    """Check the direction of imports between and inside the packages."""
+    session.install(*PINNED, *group("layers"))
+    sources = os.pathsep.join(f"packages/{package}/src" for package in PACKAGES)
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
+
+
+@nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
+@part
+def types(session: nox.Session) -> None:
+    """Check the types of each package, the libraries as the oldest Python sees them."""
+    for package in PACKAGES:
+        oldest = supported_pythons()[0] if package in LIBRARIES else TORCH_PYTHON
+        command = [program("mypy"), "--python-version", oldest, f"packages/{package}/src"]
+        session.run(*command, external=True)
+
+
+# Tests
+
+
+def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> None:
+    """Run one suite out of a shared environment, the quick tests that need no accelerator."""
+    session.run(
+        *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), folder(suite)),
+        *session.posargs,
+        external=True,
+    )
+
+
+def pytest_options(name: str, marks: str = "not slow and not gpu") -> list[str]:
+    """Options of pytest that are the same in every session."""
+    return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml", "-m", marks]
+
+
+def folder(suite: str) -> str:
+    """Where the tests of a suite are."""
+    return "tests" if suite == CROSS_PACKAGE else f"packages/{suite}/tests"
+
+
+def define_tests(python: str, suite: str) -> str:
+    """Define the session that runs this suite on this Python, and return its name."""
+    name = f"tests-{python}({suite})"
+
+    @nox.session(name=name, tags=["tests"], venv_backend="none", requires=[f"environment-{python}"])
+    @part
+    def tests(session: nox.Session) -> None:
+        """Run the tests of one package."""
+        if (python, suite) == (TORCH_PYTHON, "kvat-core"):
+            session.run(program("coverage"), "erase", external=True)
+            pytest(session, python, suite, "coverage", "run", "-m")
+            session.run(program("coverage"), "combine", "--quiet", external=True)
+            session.run(program("coverage"), "report", external=True)
+        else:
+            pytest(session, python, suite)
+
+    return name
+
+
+TESTS = [
+    *(define_tests(python, package) for python in FOUND for package in LIBRARIES),
+    *(define_tests(TORCH_PYTHON, suite) for suite in (*ENGINES, CROSS_PACKAGE)),
+]
+
+
+@nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
+@part
+def slow(session: nox.Session) -> None:
+    """Run the tests that take longer than CI should."""
+    suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
+    options = pytest_options(session.name, "slow and not gpu")
+    no_tests_collected = 5
+    session.run(
+        *(program("pytest"), *options, *suites), *session.posargs, external=True, success_codes=[0, no_tests_collected]
+    )
+
+
+@nox.session(python=TORCH_PYTHON)
+@part
+def minimums(session: nox.Session) -> None:
+    """Run the tests of all packages with the lowest versions that they accept."""
+    pins = sorted({lowest for package in PACKAGES for lowest in lowest_versions(package)})
+    session.install(*group("build"))
+    session.install(*group("test", "layers"), *pins, *torch_pin(), *editable(PACKAGES))
+    session.run("pytest", *pytest_options(session.name), *map(folder, (*PACKAGES, CROSS_PACKAGE)), *session.posargs)
+
+
+def lowest_versions(package: str) -> Iterator[str]:
+    """The lower ends of a package's requirements as pins, siblings and torch apart."""
+    project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        lower_ends = [bound.version for bound in requirement.specifier if bound.operator in {">=", "~="}]
+        if lower_ends and requirement.name not in {*PACKAGES, "torch"}:
+            yield f"{requirement.name}=={lower_ends[0]}"
+
+
+def torch_pin() -> list[str]:
+    """The pinned torch, which is not lowered: the libraries bound it from below themselves."""
+    return [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+
+
+# What is published
+
+
+@nox.session
+@part
+def build(session: nox.Session) -> None:
+    """Build the sdists and, from them, the wheels, into dist/."""
+    session.install(*PINNED, *group("build"))
+    shutil.rmtree("dist", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as from_tree:
+        for package in PACKAGES:
+            command = ["python", "-m", "build", "--no-isolation", f"packages/{package}"]
+            session.run(*command, "--outdir", "dist", silent=True)
+            session.run(*command, "--outdir", from_tree, "--wheel", silent=True)
+        for wheel in sorted(Path("dist").glob("*.whl")):
+            if wheel.read_bytes() != (Path(from_tree) / wheel.name).read_bytes():
+                session.error(f"{wheel.name} from the sdist differs from the one from the tree: the sdist lacks a file")
+
+
+@nox.session(python=TORCH_PYTHON, reuse_venv=False, requires=["build"])
+@part
+def wheels(session: nox.Session) -> None:
+    """Install the wheels, and nothing of the tree, into a clean environment; tune there and run the snippet."""
+    session.install("--no-index", "--no-deps", "--find-links", "dist", *PACKAGES)
+    session.install(*PINNED, *PACKAGES)  # what they depend on; they themselves are there already
+    session.run("pip", "check")
+    session.run("python", "-c", "from importlib.util import find_spec; assert find_spec('kvat') is None")
+    with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        session.run("kvat", "tune", "--out", "out")
+        session.run("python", "out/snippet.py")
+
+
+# What it is for
+
+
+@nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
+@part
+def demo(session: nox.Session) -> None:
+    """Tune the built-in model, into ./kvat-out."""
+    session.run(program("kvat"), "tune", *(session.posargs or ["--force"]), external=True)
+
+
+@nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
+@part
+def bench(session: nox.Session) -> None:
+    """Run the project's own benchmarks."""
+    for script in sorted(Path("benchmarks").glob("*.py")):
+        session.run(program("python"), str(script), *session.posargs, external=True)
+
+
+# All of it
+
+
+@nox.session(venv_backend="none")
+def test(session: nox.Session) -> None:
+    """Run everything that CI does."""
+    for version in supported_pythons():
+        session.log(f"Python {version}: {FOUND.get(version, 'not found, left out')}")
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    atexit.register(print_results)  # nox's own closing lines come before it
+    environments = [f"environment-{python}" for python in FOUND]
+    for name in ("lint", "layers", "build", *environments, "types", *TESTS, "wheels"):
+        session.notify(name)
+
+
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """Run what takes longer than CI should."""
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    atexit.register(print_results)
+    for name in (f"environment-{TORCH_PYTHON}", "slow", "minimums", "bench"):
+        session.notify(name)
+
+
+def print_results() -> None:
+    """Print the seconds of each part, and the sum of all tests as the last line."""
+    for done in DONE:
+        print(f"{done.seconds:8.1f} s  {'passed' if done.passed else 'FAILED'}  {done.name}")
+    print(f"{sum(done.seconds for done in DONE):8.1f} s  in all\n")
+    suites = [suite for file in RESULTS.glob("*.xml") for suite in ElementTree.parse(file).iter("testsuite")]
+    total, failed, skipped = (
+        sum(int(suite.get(kind, 0)) for suite in suites for kind in kinds)
+        for kinds in (("tests",), ("failures", "errors"), ("skipped",))
+    )
+    print(f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped")

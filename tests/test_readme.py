@@ -1,0 +1,64 @@
+"""What the documents tell a reader to type is what there is."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
+SETUP = "python3.11 -m venv .venv && .venv/bin/pip install -q nox && .venv/bin/nox -s"
+
+
+def commands(document: Path) -> Iterator[str]:
+    """The lines of the fenced blocks of a document, continued ones joined, prompts removed."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.strip().removeprefix("$ ")
+
+
+def kvat_commands() -> list[str]:
+    return sorted({line for document in DOCUMENTS for line in commands(document) if line.startswith("kvat ")})
+
+
+def session_names() -> set[str]:
+    """The functions of the noxfile that are sessions."""
+    statements = ast.parse((ROOT / "noxfile.py").read_text()).body
+    return {node.name for node in statements if isinstance(node, ast.FunctionDef) and is_session(node)}
+
+
+def is_session(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("nox.session") for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("session", ["demo", "test"])
+def test_the_readme_sets_up_and_runs(session: str) -> None:
+    assert f"{SETUP} {session}" in commands(README)
+    assert session in session_names()
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert f"{SETUP} test" in lines
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_session_a_document_names_exists(document: Path) -> None:
+    named = set(re.findall(r"nox -s ([a-z]+)\b(?![-.(])", document.read_text()))
+    assert named <= session_names()
+
+
+@pytest.mark.parametrize("command", kvat_commands())
+def test_the_command_line_knows_every_command_shown(command: str) -> None:
+    """With --help at its end a command is parsed, so that an unknown option fails, and not carried out."""
+    _, *words = shlex.split(command, comments=True)
+    words = words[: words.index("|")] if "|" in words else words
+    kvat = Path(sys.executable).with_name("kvat")
+    result = subprocess.run([kvat, *words, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
