@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvat_core.schema import Plan
 
 MakePlan = Callable[..., Plan]

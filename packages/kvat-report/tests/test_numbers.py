@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kvat_core.schema import Estimate, Ratio
 from kvat_report import numbers
 

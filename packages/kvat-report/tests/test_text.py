@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kvat_report.text import escape, one_line
 
 

@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Sequence
 
 import typer
-from kvat_report.text import one_line
 
 from kvat_cli.app import app
+from kvat_report.text import one_line
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from kvat_report import decision, numbers, one_line
-
 from kvat_cli.columns import columns
+from kvat_report import decision, numbers, one_line
 
 if TYPE_CHECKING:
     from kvat_core.schema import Plan, Ratios

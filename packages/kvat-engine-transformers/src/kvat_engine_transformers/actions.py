@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from kvat_core.schema import ContextCall, Recipe
 from pydantic import JsonValue
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CompileConfig
+
+from kvat_core.schema import ContextCall, Recipe
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from kvat_core.engine import EngineAdapter, EngineError
-from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvat_core.engine import EngineAdapter, EngineError
+from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
 from kvat_engine_transformers import actions, proof
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.memory import cache_bytes, peak_device_bytes, peak_host_bytes
@@ -22,9 +22,6 @@ from kvat_engine_transformers.random_model import build_random_model
 
 PROOF_TOKENS = 3
 """Enough for a prefill and two decode steps; a static cache has the scenario's slots all the same."""
-
-# What generate leaves behind on the model: the largest static cache so far, and compiled code with its configuration.
-_LEFT_BEHIND = ("_previous_max_cache_length", "_compiled_call", "_last_compile_config")
 
 
 class TokenClock:
@@ -54,7 +51,8 @@ class Call(NamedTuple):
 class TransformersAdapter(EngineAdapter):
     """Executes recipes by calling `generate`."""
 
-    _model: PreTrainedModel
+    model: PreTrainedModel
+    """The live model; there after `load_model`."""
 
     def __init__(self) -> None:
         self._prepared: Recipe | None = None
@@ -76,7 +74,7 @@ class TransformersAdapter(EngineAdapter):
         source = resolve(model_id, revision, allow_download=not local)
         options = {"dtype": getattr(torch, str(dtype)), "device": device, "attention": str(attn_backend)}
         with translated():
-            self._model = _load(source, **options)
+            self.model = _load(source, **options)
         if source.kind != "random" and has_tokenizer(source.path):
             self._tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
 
@@ -85,41 +83,41 @@ class TransformersAdapter(EngineAdapter):
         text = [] if self._tokenizer is None else text_ids(source, self._encode, special)
         ordinary = [token for token in range(self._vocabulary()) if token not in special]
         rows = prompt_ids(text, ordinary, tokens=tokens, batch=batch, nonce=nonce)
-        return torch.tensor(rows, device=self._model.device)
+        return torch.tensor(rows, device=self.model.device)
 
     def prepare_cache(self, strategy: Recipe) -> None:
-        if strategy == self._prepared:
-            return
-        if "_compiled_call" in vars(self._model):
+        left_behind = vars(self.model)
+        # Transformers makes each static cache as long as the longest one before.
+        left_behind.pop("_previous_max_cache_length", None)
+        if strategy != self._prepared and left_behind.pop("_compiled_call", None) is not None:
+            left_behind.pop("_last_compile_config", None)
             torch.compiler.reset()
-        for name in _LEFT_BEHIND:
-            vars(self._model).pop(name, None)
         self._cache_bytes = None
         self._prepared = strategy
 
     def run_decode(self, prompt: torch.Tensor, max_new_tokens: int) -> Timeline:
-        return _timeline(self._generate(prompt, max_new_tokens))
+        return _timeline(self.generate(prompt, max_new_tokens))
 
     def run_prefill(self, prompt: torch.Tensor, max_new_tokens: int = 0) -> Timeline:
         # generate cannot do less than one token.
-        return _timeline(self._generate(prompt, max(1, max_new_tokens)))
+        return _timeline(self.generate(prompt, max(1, max_new_tokens)))
 
     def applied(self, prompt: torch.Tensor) -> Applied:
         with translated(), actions.entered(self._recipe):
-            seen = proof.observe(self._model, prompt, self._arguments(PROOF_TOKENS))
+            seen = proof.observe(self.model, prompt, self._arguments(PROOF_TOKENS))
         return proof.compare(seen, self._recipe)
 
     def measure_resources(self) -> Resources:
         return Resources(
             processes=("worker",),
             peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=peak_device_bytes(self._model.device),
+            peak_device_bytes=peak_device_bytes(self.model.device),
             kv_cache_bytes=self._cache_bytes,
         )
 
     def cleanup(self) -> None:
         # The process ends with the launch, and with it whatever torch still holds.
-        del self._model
+        del self.model
         self._tokenizer = None
 
     @property
@@ -131,17 +129,22 @@ class TransformersAdapter(EngineAdapter):
         """The recipe's arguments for another number of tokens, and what makes that number exact."""
         return {**actions.arguments(self._recipe), "max_new_tokens": max_new_tokens, "eos_token_id": None}
 
-    def _generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
+    def generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
+        """One call by the prepared recipe, with the instrument: what `run_decode` times.
+
+        Raises:
+            EngineError: it failed in a known way, or the cache is not as the recipe says.
+        """
         arguments = self._arguments(max_new_tokens)
         # On mps a cache that is handed back switches on its recording, which would cost time at each step.
-        arguments["return_dict_in_generate"] = self._model.device.type != "mps"
+        arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         clock = TokenClock()
         graphs = proof.compiled_graphs()
-        _synchronize(self._model.device)
+        _synchronize(self.model.device)
         with translated(), actions.entered(self._recipe):
             start_ns = time.perf_counter_ns()
-            output = self._model.generate(**inputs, **arguments, streamer=clock)
+            output = self.model.generate(**inputs, **arguments, streamer=clock)
             end_ns = time.perf_counter_ns()
         tokens, cache = _unpack(output)
         if cache is not None:
@@ -159,7 +162,7 @@ class TransformersAdapter(EngineAdapter):
         return frozenset(() if self._tokenizer is None else self._tokenizer.all_special_ids)
 
     def _vocabulary(self) -> int:
-        size = int(self._model.config.get_text_config(decoder=True).vocab_size)
+        size = int(self.model.config.get_text_config(decoder=True).vocab_size)
         return size if self._tokenizer is None else min(size, len(self._tokenizer))
 
 

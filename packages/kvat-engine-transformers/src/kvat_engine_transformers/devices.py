@@ -8,10 +8,11 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from pydantic import JsonValue
+
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.probes.cpu import usable_cores
-from pydantic import JsonValue
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 

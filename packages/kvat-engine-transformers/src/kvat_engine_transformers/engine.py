@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.schema import Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
-
 from kvat_engine_transformers import knobs, recipes, snippet
 
 if TYPE_CHECKING:

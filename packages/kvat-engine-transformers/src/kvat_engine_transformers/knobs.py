@@ -95,9 +95,7 @@ def _compile(probe: Probe) -> Knob:
     values = (
         KnobValue(name="off", space="safe"),
         KnobValue(name="default", space="default", simplicity=2, compiles=True, unavailable=compiler),
-        KnobValue(
-            name="reduce-overhead", space="default", simplicity=3, compiles=True, unavailable=graphs or compiler
-        ),
+        KnobValue(name="reduce-overhead", space="default", simplicity=3, compiles=True, unavailable=graphs or compiler),
     )
     return Knob(name="compile", values=values, default="off", when={"cache": ("static",)})
 

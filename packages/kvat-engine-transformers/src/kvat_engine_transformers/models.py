@@ -13,17 +13,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from kvat_core.errors import UsageError
-from kvat_core.schema import ModelRef, ModelShape
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvat_core.errors import UsageError
+from kvat_core.schema import ModelRef, ModelShape
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 

@@ -16,7 +16,9 @@ NONCE_TOKENS = 16
 Encode = Callable[[str], Iterable[int]]
 
 
-def prompt_ids(text_ids: Sequence[int], ordinary: Sequence[int], *, tokens: int, batch: int, nonce: int) -> list[list[int]]:
+def prompt_ids(
+    text_ids: Sequence[int], ordinary: Sequence[int], *, tokens: int, batch: int, nonce: int
+) -> list[list[int]]:
     """`batch` rows of exactly `tokens` ids: a random block, then the text, repeated or cut.
 
     Args:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvat_core.schema import Applied, Recipe
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
 
+from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions
 
 CACHE_CLASSES = {"dynamic": "DynamicCache", "static": "StaticCache"}
@@ -181,7 +181,10 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
         ("compile", actions.compile_mode(recipe), seen.compile),
     ]
     found = [f"{what}: the recipe says {wanted}, it is {actual}" for what, wanted, actual in pairs if wanted != actual]
-    return [*found, *filter(None, (_wrong_kernel(seen, recipe), _wrong_graphs(seen), _wrong_slots(seen.layers, recipe)))]
+    return [
+        *found,
+        *filter(None, (_wrong_kernel(seen, recipe), _wrong_graphs(seen), _wrong_slots(seen.layers, recipe))),
+    ]
 
 
 def _wrong_kernel(seen: Seen, recipe: Recipe) -> str | None:

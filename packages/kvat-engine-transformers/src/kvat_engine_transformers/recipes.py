@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvat_core.schema import ContextCall, Recipe, Scenario, Target
 from pydantic import JsonValue
 
+from kvat_core.schema import ContextCall, Recipe, Scenario, Target
 from kvat_engine_transformers.knobs import KERNELS
 
 WARMUP_EAGER = 2

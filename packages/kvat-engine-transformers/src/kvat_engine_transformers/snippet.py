@@ -5,9 +5,9 @@ from __future__ import annotations
 import pprint
 from collections.abc import Iterable, Mapping
 
-from kvat_core.schema import ContextCall, ModelRef, Plan, Recipe, Scenario, Target
 from pydantic import JsonValue
 
+from kvat_core.schema import ContextCall, ModelRef, Plan, Recipe, Scenario, Target
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 from kvat_engine_transformers.recipes import recipe
 

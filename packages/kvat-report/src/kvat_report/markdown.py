@@ -11,6 +11,7 @@ from kvat_report.text import Markdown, escape
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
     from kvat_core.schema import CandidateResult, Plan, ScenarioResult
 
 _STATES = ("ok", "undecided", "pruned", "not_reached", "failed", "excluded")

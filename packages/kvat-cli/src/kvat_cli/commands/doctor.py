@@ -10,10 +10,9 @@ if TYPE_CHECKING:
 
 def doctor() -> None:
     """Show the machine, what makes its measurements noisy and what to do, and the installed engines."""
-    from kvat_core.machine import read_machine, warnings
-
     from kvat_cli.columns import columns
     from kvat_cli.commands.engines import engines
+    from kvat_core.machine import read_machine, warnings
 
     print(columns(_facts(read_machine("cpu", None))))
     findings = warnings()

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 def engines() -> None:
     """List the installed engines; one that cannot be used is named with its package and the cause."""
-    from kvat_core.discovery import engine_statuses
-
     from kvat_cli.columns import columns
+    from kvat_core.discovery import engine_statuses
 
     rows = [
         (engine.name, engine.distribution, engine.version, engine.state.replace("_", " "), engine.cause or "")

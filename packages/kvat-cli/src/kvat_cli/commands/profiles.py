@@ -16,9 +16,8 @@ def profiles(
     ] = None,
 ) -> None:
     """List the profiles with their scenarios (prompt + output tokens x batch size) and weights."""
-    from kvat_core import load_profile, presets
-
     from kvat_cli.columns import columns
+    from kvat_core import load_profile, presets
 
     if name is not None:
         print(load_profile(name).model_dump_json(indent=2))
@@ -29,7 +28,12 @@ def profiles(
 
 def _row(profile: Profile) -> tuple[str, str, str, str]:
     scenarios = {scenario.key: scenario.weight for scenario in profile.scenarios}
-    return profile.name, _shares(scenarios, "{} ({})"), _shares(profile.objective.shares(), "{} {}"), profile.description
+    return (
+        profile.name,
+        _shares(scenarios, "{} ({})"),
+        _shares(profile.objective.shares(), "{} {}"),
+        profile.description,
+    )
 
 
 def _shares(weights: dict[str, float], shown: str) -> str:

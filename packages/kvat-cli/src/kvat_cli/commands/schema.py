@@ -31,8 +31,9 @@ def _profile() -> dict[str, Any]:
 
 
 def _journal_record() -> dict[str, Any]:
-    from kvat_core.schema import EVENT_TYPES
     from pydantic.json_schema import models_json_schema
+
+    from kvat_core.schema import EVENT_TYPES
 
     references, shared = models_json_schema([(record, "serialization") for record in EVENT_TYPES.values()])
     payloads = {name: references[record, "serialization"] for name, record in EVENT_TYPES.items()}

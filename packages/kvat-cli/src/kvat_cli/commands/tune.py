@@ -47,12 +47,11 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> int:
     """Measure which settings are fastest, and write plan, code, report and journal."""
-    from kvat_core import tuner
-    from kvat_core.errors import UsageError
-
     from kvat_cli.display import open_display
     from kvat_cli.options import pairs, settings, whole_numbers
     from kvat_cli.summary import print_summary
+    from kvat_core import tuner
+    from kvat_core.errors import UsageError
 
     if quiet and as_json:
         raise UsageError("kvat tune takes one of --quiet and --json")

@@ -6,13 +6,13 @@ from dataclasses import astuple
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from kvat_report import one_line
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from kvat_cli.display._known import rows, state
+from kvat_report import one_line
 
 if TYPE_CHECKING:
     from kvat_core.tuner import Progress
@@ -31,7 +31,9 @@ class LiveTable:
         self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def __call__(self, progress: Progress) -> None:

@@ -1,0 +1,85 @@
+"""A loaded adapter per model and attention, and recipes as the engine makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvat_core.schema import ModelRef, Recipe, Scenario, Target
+from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.recipes import recipe
+
+DEFAULTS = {
+    "dtype": "float32",
+    "attention": "sdpa",
+    "cache": "dynamic",
+    "compile": "off",
+    "grad_mode": "no_grad",
+}
+SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
+
+
+@cache
+def _adapter(model_id: str, dtype: str, attn_backend: str) -> TransformersAdapter:
+    adapter = TransformersAdapter()
+    extra = {"revision": None, "local_files_only": True, "threads": 1, "compile": "off"}
+    adapter.load_model(model_id, dtype, "cpu", attn_backend, extra)
+    return adapter
+
+
+def make_recipe(model_id: str, scenario: Scenario = SCENARIO, **settings: str) -> Recipe:
+    target = Target(model=ModelRef(id=model_id), device="cpu", threads=1)
+    return recipe({**DEFAULTS, **settings}, scenario, target)
+
+
+@pytest.fixture
+def prepared() -> Callable[..., tuple[TransformersAdapter, Recipe]]:
+    """An adapter that has prepared a recipe; loads are shared, as in a launch."""
+
+    def prepare(model_id: str, scenario: Scenario = SCENARIO, **settings: str) -> tuple[TransformersAdapter, Recipe]:
+        made = make_recipe(model_id, scenario, **settings)
+        adapter = _adapter(model_id, str(made.load["dtype"]), str(made.load["attn_backend"]))
+        adapter.prepare_cache(made)
+        return adapter, made
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local model directory in bfloat16, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=list(range(64)),
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
+    """A directory that holds just a config.json."""
+    import json
+
+    def write(config: Mapping[str, Any]) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write

@@ -1,0 +1,101 @@
+"""Which candidates each kind of device gets, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvat_core.engine import Probe, SpaceRequest
+from kvat_core.schema import CandidateEntry, ModelShape, Space
+from kvat_core.space import enumerate_candidates
+from kvat_engine_transformers import TransformersEngine
+
+
+def candidates(device: str, space: Space = "safe", dtype: str = "float32", **facts: Any) -> list[CandidateEntry]:
+    engine = TransformersEngine()
+    shape = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype=dtype)
+    probe = Probe(device=device, versions={}, facts=facts)
+    knobs = engine.space(shape, probe, SpaceRequest(space=space))
+    return enumerate_candidates(
+        knobs,
+        space,
+        pinned={},
+        excluded=(),
+        incumbent={},
+        check=lambda settings: engine.check(settings, shape, probe),
+    )
+
+
+def labels(entries: list[CandidateEntry]) -> list[str]:
+    return [entry.candidate.label for entry in entries if entry.exclusion is None]
+
+
+def with_static(*names: str) -> list[str]:
+    return [label for name in names for label in (name, f"{name} cache=static".removeprefix("default "))]
+
+
+SAFE = {
+    "cpu": with_static("default", "attention=eager", "attention=sdpa_math"),
+    "mps": with_static("default", "attention=eager", "attention=sdpa_math"),
+    "cuda:0": with_static(
+        "default",
+        "attention=eager",
+        "attention=sdpa_math",
+        "attention=sdpa_flash",
+        "attention=sdpa_mem_efficient",
+        "attention=sdpa_cudnn",
+    ),
+}
+
+
+@pytest.mark.parametrize("device", SAFE)
+def test_the_safe_space_is_a_named_list(device: str) -> None:
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    assert labels(candidates(device, dtype=dtype)) == SAFE[device]
+    assert 6 <= len(SAFE[device]) <= 12
+
+
+def test_on_the_cpu_a_checkpoint_of_16_bits_is_tried_in_float32_as_well() -> None:
+    found = labels(candidates("cpu", dtype="bfloat16"))
+    assert len(found) == 12
+    assert "dtype=float32 attention=eager cache=static" in found
+    assert not any(entry.candidate.lossy for entry in candidates("cpu", dtype="bfloat16"))
+
+
+def test_the_safe_space_never_compiles() -> None:
+    for device in SAFE:
+        assert not any(entry.candidate.compiles for entry in candidates(device))
+
+
+def test_the_default_space_adds_compilation_but_nothing_lossy() -> None:
+    entries = candidates("cpu", "default")
+    assert any(entry.candidate.compiles and entry.exclusion is None for entry in entries)
+    assert not any(entry.candidate.lossy for entry in entries)
+    assert any("grad_mode=inference_mode" in label for label in labels(entries))
+
+
+def test_only_the_full_space_loses_precision() -> None:
+    lossy = [entry for entry in candidates("cpu", "full") if entry.candidate.lossy]
+    assert {entry.candidate.settings["dtype"] for entry in lossy} == {"bfloat16", "float16"}
+
+
+@pytest.mark.parametrize(
+    ("device", "space", "facts", "label", "reason"),
+    [
+        ("cpu", "safe", {}, "attention=sdpa_cudnn", "PyTorch has this kernel for cuda only"),
+        ("mps", "safe", {}, "attention=sdpa_flash", "single fused attention on mps"),
+        ("cuda:0", "safe", {"sdpa_flash": "too old"}, "attention=sdpa_flash", "too old"),
+        ("cpu", "default", {"compile": "no compiler"}, "cache=static compile=default", "no compiler"),
+        ("cpu", "default", {}, "cache=static compile=reduce-overhead", "CUDA graphs, which cpu does not have"),
+        ("cpu", "full", {"float16": "cannot"}, "dtype=float16", "cannot"),
+    ],
+)
+def test_what_cannot_run_says_why(device: str, space: Space, facts: dict[str, str], label: str, reason: str) -> None:
+    entry = next(entry for entry in candidates(device, space, **facts) if entry.candidate.label == label)
+    assert reason in (entry.exclusion or "")
+
+
+def test_flash_on_cuda_needs_16_bits() -> None:
+    entry = next(e for e in candidates("cuda:0", dtype="float32") if e.candidate.label == "attention=sdpa_flash")
+    assert entry.exclusion == "sdpa_flash needs bfloat16 or float16 on cuda"
