@@ -22,6 +22,8 @@ def translated() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise EngineError("oom_device", "the device ran out of memory") from error
+    except torch.AcceleratorError as error:
+        raise EngineError("device_error", "the device reported an error that only a new process can clear") from error
     except RuntimeError as error:
         known = _known(error)
         if known is None:
@@ -38,8 +40,8 @@ def _known(error: RuntimeError) -> EngineError | None:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
     if "No available kernel" in text:
         return EngineError("unsupported", "the forced attention kernel is not available on this device")
-    if type(error).__name__ == "InvalidCxxCompiler" or "InvalidCxxCompiler" in text:
+    if "No working C++ compiler" in text:
         return EngineError("unsupported", "torch.compile found no working C++ compiler; install g++ or set CXX")
-    if type(error).__name__ == "AcceleratorError":
-        return EngineError("device_error", "the accelerator reported an error that only a new process can clear")
+    if "Cannot find a working triton" in text:
+        return EngineError("unsupported", "torch.compile found no working triton; install it")
     return None

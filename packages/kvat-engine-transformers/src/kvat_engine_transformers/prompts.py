@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
-from pathlib import Path
 from random import Random
 
 from kvat_core.engine import EngineError
@@ -35,19 +34,9 @@ def text_ids(source: PromptSource, encode: Encode, special: frozenset[int]) -> l
     """Ids of the source's text without any special one.
 
     Raises:
-        EngineError: the text is unreadable or holds nothing but special tokens.
+        EngineError: the text is empty or holds nothing but special tokens.
     """
-    ids = [token for token in encode(_text(source)) if token not in special]
+    ids = [token for token in encode(source.value or "") if token not in special]
     if not ids:
         raise EngineError("error", f"the prompt source of kind {source.kind} gives no tokens")
     return ids
-
-
-def _text(source: PromptSource) -> str:
-    value = source.value or ""
-    if source.kind != "file":
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise EngineError("error", "the prompt file cannot be read as UTF-8 text") from error

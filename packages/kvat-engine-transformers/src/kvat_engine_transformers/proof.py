@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from transformers import Cache, PreTrainedModel
 
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions
+
+# Otherwise the profiler writes a line to stderr whenever it starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 CACHE_CLASSES = {"dynamic": "DynamicCache", "static": "StaticCache"}
 
@@ -80,14 +84,12 @@ def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str
     """Generate once under the profiler, inside the recipe's contexts, and read everything back."""
     witness = _Witness()
     graphs = compiled_graphs()
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if "compile_config" in arguments:
+        # Compiled beforehand, because tracing calls kernels that the compiled graph does not.
+        model.generate(**inputs, **arguments)
     with profile(activities=_activities(model.device)) as profiler:
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            **arguments,
-            streamer=witness,
-            return_dict_in_generate=True,
-        )
+        output = model.generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
     cache: Cache = output.past_key_values
     return Seen(
         cache=type(cache).__name__,

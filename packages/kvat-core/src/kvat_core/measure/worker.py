@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import PurePath
 from typing import IO, Any
 
 from pydantic import BaseModel, JsonValue
@@ -40,8 +42,7 @@ class Worker:
         except MemoryError:
             return Reply(failure="oom_host", reason="the host ran out of memory")
         except Exception as error:
-            # The text of a foreign exception may hold a prompt; its type may not.
-            return Reply(failure="error", reason=f"{type(error).__module__}.{type(error).__qualname__}")
+            return Reply(failure="error", reason=_anonymous(error))
 
     def _do(self, operation: messages.Operation, arguments: dict[str, Any]) -> Any:
         match operation:
@@ -84,6 +85,12 @@ class Worker:
     def _prompt(self, arguments: dict[str, Any]) -> Prompt:
         spec = PromptSpec.model_validate(arguments)
         return self.adapter.make_prompt(spec.source, spec.tokens, spec.batch, spec.nonce)
+
+
+def _anonymous(error: Exception) -> str:
+    """Type and place of a foreign exception; its text may hold a prompt."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__module__}.{type(error).__qualname__} at {PurePath(frame.filename).name}:{frame.lineno}"
 
 
 def _to_json(value: Any) -> JsonValue:

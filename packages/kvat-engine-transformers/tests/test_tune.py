@@ -1,0 +1,149 @@
+"""Whole tunes of real models in real child processes, and the snippets that come out."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvat_core import Plan, Profile, TuneRequest, tune
+from kvat_core.engine import Probe
+from kvat_core.schema import CandidateEntry, Choice, ModelShape, Objective, PromptSource, Scenario
+from kvat_core.space import enumerate_candidates
+from kvat_engine_transformers import TransformersEngine, knobs
+
+QUICK = Profile(
+    name="quick",
+    scenarios=(Scenario(prompt_tokens=32, output_tokens=8), Scenario(prompt_tokens=16, output_tokens=4)),
+    objective=Objective(ttft=1, decode=1),
+    launches=2,
+    samples=2,
+    prompt=PromptSource(kind="text", value="some words of the user's own"),
+)
+
+
+def tuned(out: Path, model: str, **changes: Any) -> Plan:
+    return tune(TuneRequest(**{"model": model, "out": out, "profile": QUICK, "threads": 1, **changes})).plan
+
+
+def lines(snippet: Path, *arguments: str) -> list[dict[str, str]]:
+    command = [sys.executable, str(snippet), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [dict(pair.split("=") for pair in line.split()) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    out = tmp_path_factory.mktemp("runs") / "llama"
+    return out, tuned(out, "builtin:llama")
+
+
+def test_every_safe_candidate_is_measured(run: tuple[Path, Plan]) -> None:
+    _, plan = run
+    ok = [candidate for candidate in plan.candidates if candidate.state == "ok"]
+    assert len(ok) == 6
+    assert all(len(candidate.scenarios) == 2 for candidate in ok)
+    assert {candidate.state for candidate in plan.candidates} == {"ok", "excluded"}
+    assert plan.machine.threads == 1
+
+
+def test_the_snippet_runs_each_scenario_and_prints_the_plans_metrics(run: tuple[Path, Plan]) -> None:
+    printed = lines(run[0] / "snippet.py")
+    assert [(line["prompt_tokens"], line["output_tokens"]) for line in printed] == [("16", "4"), ("32", "8")]
+    for line in printed:
+        assert float(line["ttft_s"]) > 0
+        assert float(line["decode_tps"]) > 0
+
+
+def test_nothing_of_the_users_prompt_or_machine_is_written(run: tuple[Path, Plan]) -> None:
+    import getpass
+    import socket
+
+    written = "".join(path.read_text() for path in run[0].iterdir())
+    assert "words of the user" not in written
+    assert socket.gethostname() not in written
+    assert str(Path.home() / "") not in written
+    assert str(run[0]) not in written
+    assert getpass.getuser() not in {word for word in written.replace('"', " ").split() if word != "root"}
+
+
+def test_a_local_model_is_named_by_its_last_part_and_its_snippet_takes_the_path(
+    tmp_path: Path, tiny_directory: Path
+) -> None:
+    plan = tuned(tmp_path / "out", str(tiny_directory))
+    assert plan.model.id == "./tiny"
+    assert str(tiny_directory.parent) not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert len(lines(tmp_path / "out" / "snippet.py", str(tiny_directory))) == 2
+
+
+def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path) -> None:
+    plan = tuned(tmp_path / "out", f"random:{tiny_directory}", pinned={"attention": "sdpa", "dtype": "bfloat16"})
+    assert plan.model.weights == "random"
+    assert any("weights are random" in note for note in plan.notes)
+    assert "weights are random" in (tmp_path / "out" / "snippet.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> None:
+    settings = {"cache": "static", "compile": "default", "attention": "sdpa", "grad_mode": "no_grad"}
+    plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default")
+    assert plan.winner.settings["compile"] == "default"
+    assert plan.candidates[0].state == "ok"
+    assert len(lines(tmp_path / "out" / "snippet.py")) == 2
+
+
+def test_without_a_compiler_a_compiled_candidate_is_unsupported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(python))
+    monkeypatch.delenv("CXX", raising=False)
+    plan = tuned(
+        tmp_path / "out",
+        "builtin:llama",
+        space="default",
+        excluded=(("attention", "sdpa_math"),),
+        pinned={"grad_mode": "no_grad", "attention": "sdpa"},
+    )
+    compiled = [candidate for candidate in plan.candidates if candidate.settings["compile"] == "default"]
+    assert compiled
+    assert all("found none; install g++" in (candidate.reason or "") for candidate in compiled)
+
+
+def reachable() -> list[CandidateEntry]:
+    """Every candidate that some device could be given."""
+    shape = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="bfloat16")
+    found: dict[str, CandidateEntry] = {}
+    for device in ("cpu", "cuda:0", "mps"):
+        probe = Probe(device=device, versions={})
+        entries = enumerate_candidates(
+            knobs.space(shape, probe), "full", pinned={}, excluded=(), incumbent={}, check=lambda settings: None
+        )
+        found |= {entry.candidate.id: entry for entry in entries}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("model_id", ["builtin:mistral", "random:smollm2-135m", "./mine", "owner/name"])
+def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
+    run: tuple[Path, Plan], model_id: str
+) -> None:
+    _, plan = run
+    for entry in reachable():
+        candidate = entry.candidate
+        winner = Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
+        model = plan.model.model_copy(update={"id": model_id})
+        text = TransformersEngine().snippet(plan.model_copy(update={"winner": winner, "model": model}))["snippet.py"]
+        ast.parse(text)
+        assert ("import kvat" in text or "from kvat" in text) == model_id.startswith(("builtin:", "random:"))
+        assert f"torch.{candidate.settings['dtype']}" in text
+        assert ("torch.inference_mode()" in text) == (candidate.settings["grad_mode"] == "inference_mode")
+        assert ("sdpa_kernel(" in text) == candidate.settings["attention"].startswith("sdpa_")
+        assert ("max_cache_len=input_ids.shape[1] + max_new_tokens" in text) == (
+            candidate.settings["cache"] == "static"
+        )
+        assert ("CompileConfig(" in text) == (candidate.settings["compile"] != "off")
