@@ -70,11 +70,16 @@ def test_what_does_not_answer_in_time_is_ended(worker: WorkerProcess, monkeypatc
 
 
 def test_an_exception_in_the_caller_ends_the_worker_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), WorkerProcess({}) as worker:
-        worker.call("start", {"engine": "fake", "adapter": True}, "start", 60)
-        process = child()
-        raise KeyboardInterrupt
-    assert not process.is_running()
+    def interrupted() -> None:
+        with WorkerProcess({}) as worker:
+            worker.call("start", {"engine": "fake", "adapter": True}, "start", 60)
+            seen.append(child())
+            raise KeyboardInterrupt
+
+    seen: list[psutil.Process] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not seen[0].is_running()
 
 
 def test_a_grandchild_does_not_outlive_its_worker(tmp_path: Path) -> None:

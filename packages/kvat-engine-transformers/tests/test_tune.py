@@ -26,6 +26,9 @@ QUICK = Profile(
 )
 
 
+ONE_LOAD = {"attention": "sdpa", "dtype": "bfloat16"}
+
+
 def tuned(out: Path, model: str, **changes: Any) -> Plan:
     return tune(TuneRequest(**{"model": model, "out": out, "profile": QUICK, "threads": 1, **changes})).plan
 
@@ -75,26 +78,26 @@ def test_nothing_of_the_users_prompt_or_machine_is_written(run: tuple[Path, Plan
 def test_a_local_model_is_named_by_its_last_part_and_its_snippet_takes_the_path(
     tmp_path: Path, tiny_directory: Path
 ) -> None:
-    plan = tuned(tmp_path / "out", str(tiny_directory))
+    plan = tuned(tmp_path / "out", str(tiny_directory), pinned=ONE_LOAD)
     assert plan.model.id == "./tiny"
     assert str(tiny_directory.parent) not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     assert len(lines(tmp_path / "out" / "snippet.py", str(tiny_directory))) == 2
 
 
 def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path) -> None:
-    plan = tuned(tmp_path / "out", f"random:{tiny_directory}", pinned={"attention": "sdpa", "dtype": "bfloat16"})
+    plan = tuned(tmp_path / "out", f"random:{tiny_directory}", pinned=ONE_LOAD)
     assert plan.model.weights == "random"
     assert any("weights are random" in note for note in plan.notes)
     assert "weights are random" in (tmp_path / "out" / "snippet.py").read_text()
 
 
-@pytest.mark.slow
 def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> None:
     settings = {"cache": "static", "compile": "default", "attention": "sdpa", "grad_mode": "no_grad"}
-    plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default")
+    profile = QUICK.model_copy(update={"scenarios": QUICK.scenarios[:1], "launches": 1})
+    plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default", profile=profile)
     assert plan.winner.settings["compile"] == "default"
     assert plan.candidates[0].state == "ok"
-    assert len(lines(tmp_path / "out" / "snippet.py")) == 2
+    assert len(lines(tmp_path / "out" / "snippet.py")) == 1
 
 
 def test_without_a_compiler_a_compiled_candidate_is_unsupported(
@@ -103,13 +106,9 @@ def test_without_a_compiler_a_compiled_candidate_is_unsupported(
     python = Path(sys.executable).parent
     monkeypatch.setenv("PATH", str(python))
     monkeypatch.delenv("CXX", raising=False)
-    plan = tuned(
-        tmp_path / "out",
-        "builtin:llama",
-        space="default",
-        excluded=(("attention", "sdpa_math"),),
-        pinned={"grad_mode": "no_grad", "attention": "sdpa"},
-    )
+    pinned = {"grad_mode": "no_grad", "attention": "sdpa"}
+    profile = QUICK.model_copy(update={"launches": 1})
+    plan = tuned(tmp_path / "out", "builtin:llama", space="default", pinned=pinned, profile=profile)
     compiled = [candidate for candidate in plan.candidates if candidate.settings["compile"] == "default"]
     assert compiled
     assert all("found none; install g++" in (candidate.reason or "") for candidate in compiled)

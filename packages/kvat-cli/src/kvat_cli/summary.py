@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
@@ -14,25 +16,31 @@ if TYPE_CHECKING:
 
 
 def print_summary(result: TuneResult) -> None:
-    """Decision, figures, settings, files and time; complaints about report packages on standard error."""
+    """Decision, figures, settings, files and time."""
     plan = result.plan
     print(decision(plan))
     if plan.ratio is not None and plan.winner.id != plan.incumbent.id:
-        print("\n" + columns(_ratios(plan.ratio)))
-    print("\n" + columns(_settings(plan)))
-    print("\nFiles:")
-    for path in result.files:
-        print(f"  {path}")
+        _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
+    _print_block("Settings:", _settings(plan))
+    _print_block("Files:", [(str(path),) for path in result.files])
     print("\n" + _times(result))
-    for warning in result.warnings:
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """One line each on standard error, so that they never get into a plan on standard output."""
+    for warning in warnings:
         print(f"kvat: warning: {one_line(warning)}", file=sys.stderr)
+
+
+def _print_block(title: str, rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n{title}\n{indent(columns(rows), '  ')}")
 
 
 def _ratios(ratios: Ratios) -> list[tuple[str, str]]:
     return [
-        ("  score", numbers.ratio(ratios.score)),
-        ("  time to first token", numbers.ratio(ratios.ttft)),
-        ("  decoding", numbers.ratio(ratios.decode)),
+        ("score", numbers.ratio(ratios.score)),
+        ("time to first token", numbers.ratio(ratios.ttft)),
+        ("decoding", numbers.ratio(ratios.decode)),
     ]
 
 
@@ -40,7 +48,7 @@ def _settings(plan: Plan) -> list[tuple[str, str]]:
     """Settings of the winner, each with today's value where that is another one."""
     today = plan.incumbent.settings
     return [
-        (f"  {knob}", value if today.get(knob) == value else f"{value} (today: {today.get(knob, numbers.NOTHING)})")
+        (knob, value if today.get(knob) == value else f"{value} (today: {today.get(knob, numbers.NOTHING)})")
         for knob, value in plan.winner.settings.items()
     ]
 

@@ -277,15 +277,13 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
     run = Run.from_events(read_journal(path))
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
     plan = make_plan(run, ref)
+    files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n", **snippet(plan)})]
     reports, warnings = discovery.reports()
-    files = outputs.write_files(
-        out,
-        {
-            outputs.PLAN: plan.model_dump_json(indent=2) + "\n",
-            **snippet(plan),
-            **{report.file_name: report.render(plan) for report in reports},
-        },
-    )
+    for report in reports:
+        try:
+            files += outputs.write_files(out, {report.file_name: report.render(plan)})
+        except Exception as error:  # a renderer is foreign code, and must not cost the plan
+            warnings.append(f"report {report.name} was not written: {type(error).__name__}")
     importing_s = run.header.probe_s + sum(loaded.start_s for loaded in run.loaded)
     return TuneResult(
         plan=plan,

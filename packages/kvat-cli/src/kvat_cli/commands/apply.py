@@ -13,7 +13,7 @@ def apply(
     print_snippet: Annotated[bool, typer.Option("--print-snippet", help="Print the code.")] = False,
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the code to a new file.")] = None,
 ) -> None:
-    """Print or write the Python code that runs a model as a plan says."""
+    """Print or write the code that runs a plan's winner."""
     from kvat_core import read_plan, snippet
     from kvat_core.errors import UsageError
 

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def doctor() -> None:
-    """Show the machine, what makes its measurements noisy and what to do, and the installed engines."""
+    """Show this machine, and what makes its measurements noisy.
+
+    Each finding says what to do about it. The installed engines follow.
+    """
     from kvat_cli.columns import columns
     from kvat_cli.commands.engines import engines
     from kvat_core.machine import read_machine, warnings

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def engines() -> None:
-    """List the installed engines; one that cannot be used is named with its package and the cause."""
+    """List the installed engines, usable or not.
+
+    One that cannot be used is named with its package, its version and the cause.
+    """
     from kvat_cli.columns import columns
     from kvat_core.discovery import engine_statuses
 

@@ -15,7 +15,10 @@ def profiles(
         str | None, typer.Argument(metavar="[NAME|FILE]", help="Print this one as JSON, to start your own from.")
     ] = None,
 ) -> None:
-    """List the profiles with their scenarios (prompt + output tokens x batch size) and weights."""
+    """List the kinds of traffic that --profile can name.
+
+    A scenario is written as prompt tokens + output tokens x batch size.
+    """
     from kvat_cli.columns import columns
     from kvat_core import load_profile, presets
 

@@ -11,7 +11,10 @@ import typer
 def schema(
     kind: Annotated[Literal["plan", "profile", "journal"], typer.Argument(help="Which file's format.")],
 ) -> None:
-    """Print the JSON Schema of a file; of a journal, that of one line."""
+    """Print the JSON Schema of a file format.
+
+    For a journal it is the schema of one line.
+    """
     makers = {"plan": _plan, "profile": _profile, "journal": _journal_record}
     found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **makers[kind]()}
     print(json.dumps(found, indent=2))

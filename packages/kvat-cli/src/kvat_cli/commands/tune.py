@@ -46,10 +46,13 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> int:
-    """Measure which settings are fastest, and write plan, code, report and journal."""
+    """Measure which settings are fastest, and hand them over.
+
+    DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
+    """
     from kvat_cli.display import open_display
     from kvat_cli.options import pairs, settings, whole_numbers
-    from kvat_cli.summary import print_summary
+    from kvat_cli.summary import print_summary, print_warnings
     from kvat_core import tuner
     from kvat_core.errors import UsageError
 
@@ -75,6 +78,8 @@ def tune(
     )
     with open_display(silent=quiet or as_json) as on_progress:
         result = tuner.tune(request, on_progress)
+    if not quiet:
+        print_warnings(result.warnings)
     if as_json:
         print(result.plan.model_dump_json(indent=2))
     elif not quiet:

@@ -46,10 +46,10 @@ def _row(run: Run, candidate: str, label: str, scenario: str) -> Row:
 
 
 def state(progress: Progress) -> str:
-    """Launches and time, e.g. ``3 launches done, 5 left, 12 s elapsed, about 20 s left``."""
+    """Launches and time, e.g. ``launches: 3 done, 5 left; 12 s elapsed, about 20 s left``."""
     left = "" if progress.left_s is None else f", about {numbers.duration(progress.left_s)} left"
     return (
-        f"{progress.launches_done} launches done, {progress.launches_left} left, "
+        f"launches: {progress.launches_done} done, {progress.launches_left} left; "
         f"{numbers.duration(progress.elapsed_s)} elapsed{left}"
     )
 

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from conftest import Run
+from kvat_core import tuner
+from kvat_core.errors import AllFailed, NothingFeasible, UsageError
+
+FAKE = ("tune", "--engine", "fake", "--model", "fake:tiny")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tune", "--context", "abc"), "--context takes whole numbers above 0, separated by commas, e.g. 2048,4096; "),
+        (("tune", "--context", "0"), "--context takes whole numbers above 0"),
+        (("tune", "--context", ""), "--context takes whole numbers above 0"),
+        (("tune", "--batch", "1,,4"), "--batch takes whole numbers above 0"),
+        (("tune", "--set", "cache"), "--set takes KNOB=VALUE, e.g. cache=static; got 'cache'"),
+        (("tune", "--exclude", "=static"), "--exclude takes KNOB=VALUE"),
+        (("tune", "--incumbent", "cache="), "--incumbent takes KNOB=VALUE"),
+        (("tune", "--set", "a=1", "--set", "a=2"), "--set gives 'a' two values, '1' and '2'; give one"),
+        (("tune", "--quiet", "--json"), "kvat tune takes one of --quiet and --json"),
+        (("tune", "--space", "huge"), "Invalid value for '--space'"),
+        (("tune", "--threads", "0"), "Invalid value for '--threads'"),
+        (("tune", "--threads", "two"), "Invalid value for '--threads'"),
+        (("tune", "--colour"), "No such option: --colour"),
+        (("tune", "--engine", "none-such"), "no engine is called 'none-such'"),
+        ((*FAKE, "--profile", "none-such"), "unknown profile 'none-such'"),
+        ((*FAKE, "--set", "none=such"), ""),
+        (("profiles", "none-such"), "unknown profile 'none-such'"),
+        (("profiles", "none.json"), "cannot read profile none.json"),
+        (("apply",), "Missing option '--plan'"),
+        (("apply", "--plan", "p.json"), "kvat apply takes one of --print-snippet and --write FILE"),
+        (("apply", "--plan", "p.json", "--print-snippet", "--write", "x"), "kvat apply takes one of"),
+        (("apply", "--plan", "none.json", "--print-snippet"), "cannot read plan none.json"),
+        (("schema", "report"), "Invalid value for 'kind'"),
+        (("schema",), "Missing argument 'KIND'"),
+        (("tuna",), "No such command 'tuna'"),
+        (("--colour",), "No such option: --colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    kvat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = kvat(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"kvat: error: {message}")
+    assert outcome.err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_input_in_a_process_of_its_own(kvat_process: Run) -> None:
+    outcome = kvat_process("tune", "--context", "abc")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith("kvat: error: --context takes")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("wrong\nplace"), 2, "kvat: error: wrong place\n"),
+        (NothingFeasible("none fits"), 4, "kvat: error: none fits\n"),
+        (AllFailed("all failed"), 5, "kvat: error: all failed\n"),
+        (
+            ZeroDivisionError("a secret prompt"),
+            70,
+            "kvat: error: internal error (ZeroDivisionError); repeat with --debug for the traceback\n",
+        ),
+        (KeyboardInterrupt(), 130, "kvat: interrupted\n"),
+    ],
+)
+def test_what_escapes_becomes_one_line(
+    kvat: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(tuner, "tune", fail)
+    outcome = kvat("tune", "--quiet")
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", line)
+
+
+@pytest.mark.parametrize("words", [("--debug", "profiles", "none-such"), ("profiles", "none-such", "--debug")])
+def test_debug_gives_the_traceback_wherever_it_stands(kvat: Run, words: tuple[str, ...]) -> None:
+    outcome = kvat(*words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Traceback (most recent call last):")
+    assert "kvat: error: unknown profile 'none-such'" in outcome.err.splitlines()[-1]
+
+
+def test_help_lists_every_command(kvat: Run) -> None:
+    assert kvat().out == kvat("--help").out
+    for command in ("tune", "apply", "engines", "profiles", "doctor", "schema"):
+        assert f"\n  {command} " in kvat("--help").out
+        assert f"Usage: kvat {command}" in kvat(command, "--help").out
+
+
+def test_version(kvat: Run) -> None:
+    outcome = kvat("--version")
+    assert outcome.code == 0
+    assert outcome.out.startswith("kvat 0.")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tuned: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "kvat_cli", "apply", "--plan", str(tuned / "best_plan.json"), "--print-snippet"]
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_an_encoding_without_the_characters_is_no_error(tuned: Path) -> None:
+    command = [sys.executable, "-m", "kvat_cli", "tune", "--engine", "fake", "--out", str(tuned.parent / "ascii")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert b"\\xd7" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["profiles"], ["profiles", "rag"], ["apply", "PLAN", "--print-snippet"]])
+def test_quick_commands_import_nothing_heavy(tuned: Path, words: list[str]) -> None:
+    words = [
+        option for word in words for option in (("--plan", str(tuned / "best_plan.json")) if word == "PLAN" else [word])
+    ]
+    code = (
+        "import sys; from kvat_cli.boundary import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'scipy', 'numpy', 'rich', 'jinja2'} & set(sys.modules);"
+        "sys.exit(code or ' '.join(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_does_not_import_the_schema() -> None:
+    code = "import sys; from kvat_cli.boundary import main; main(['--help']); sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from kvat_core import read_plan, tuner
+from kvat_core.tuner import TuneRequest, TuneResult
+
+FAKE = ("tune", "--engine", "fake", "--profile", "ci-micro")
+FILES = {"journal.jsonl", "best_plan.json", "snippet.py", "report.md"}
+
+
+def result_of(out: Path, **plan_changes: Any) -> TuneResult:
+    plan = read_plan(out / "best_plan.json").model_copy(update=plan_changes)
+    return TuneResult(
+        plan=plan,
+        out=out,
+        files=(out / "best_plan.json",),
+        wall_s=100.0,
+        loading_s=30.0,
+        importing_s=10.0,
+        generating_s=65.0,
+        warnings=("report 'x' is broken",),
+    )
+
+
+def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[TuneRequest] = []
+    monkeypatch.setattr(tuner, "tune", lambda request, _: requests.append(request) or result_of(tuned))
+    words = (
+        "tune --engine e --model m --revision r --allow-download --device cuda:1 --threads 3 --profile p "
+        "--context 2048,4096 --batch 1,4 --space full --set a=1 --set b=x=y --exclude c=2 --exclude c=3 "
+        "--incumbent d=4 --seed 7 --out o --force --quiet"
+    )
+    assert kvat(*words.split()).code == 0
+    assert requests == [
+        TuneRequest(
+            out=Path("o"),
+            engine="e",
+            model="m",
+            revision="r",
+            allow_download=True,
+            device="cuda:1",
+            threads=3,
+            profile="p",
+            contexts=(2048, 4096),
+            batches=(1, 4),
+            space="full",
+            pinned={"a": "1", "b": "x=y"},
+            excluded=(("c", "2"), ("c", "3")),
+            incumbent={"d": "4"},
+            seed=7,
+            force=True,
+        )
+    ]
+
+
+def test_without_options_the_request_is_the_default(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[TuneRequest] = []
+    monkeypatch.setattr(tuner, "tune", lambda request, _: requests.append(request) or result_of(tuned))
+    kvat("tune")
+    assert requests == [TuneRequest()]
+
+
+def test_a_run_prints_launches_decision_settings_files_and_times(kvat: Run, tmp_path: Path) -> None:
+    outcome = kvat(*FAKE, "--model", "fake:tiny", "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    run, summary = outcome.out.split("Better: switch to cache=static", 1)
+    launches = run.splitlines()
+    assert all(line.startswith(f"launch {number} for ") for number, line in enumerate(launches))
+    assert len(launches) == len(_records(tmp_path / "run", "launch"))
+    assert "(today: dynamic)" in summary
+    for name in FILES:
+        assert f"\n  {tmp_path / 'run' / name}\n" in summary
+    assert summary.splitlines()[-1].startswith("Took ")
+
+
+def test_a_failure_is_one_line_while_the_run_goes_on(kvat: Run, tmp_path: Path) -> None:
+    outcome = kvat(*FAKE, "--model", "fake:crash", "--space", "full", "--out", tmp_path / "run")
+    failures = [line for line in outcome.out.splitlines() if line.startswith("failed: ")]
+    assert outcome.code == 0
+    assert len(failures) == len(_records(tmp_path / "run", "failed")) > 0
+    assert "crash" in failures[0]
+
+
+def test_json_is_the_plan_alone(kvat_process: Run, tmp_path: Path) -> None:
+    outcome = kvat_process(*FAKE, "--json", "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == (tmp_path / "run" / "best_plan.json").read_text(encoding="utf-8")
+
+
+def test_quiet_prints_nothing(kvat_process: Run, tmp_path: Path) -> None:
+    outcome = kvat_process(*FAKE, "--quiet", "--out", tmp_path / "run")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+def test_an_earlier_run_is_left_alone_without_force(kvat: Run, tmp_path: Path) -> None:
+    words = (*FAKE, "--quiet", "--out", tmp_path / "run")
+    assert kvat(*words).code == 0
+    refused = kvat(*words)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--force" in refused.err
+    assert kvat(*words, "--force").code == 0
+
+
+def test_all_failed_is_exit_code_5(kvat: Run, tmp_path: Path) -> None:
+    outcome = kvat(*FAKE, "--model", "fake:all-fail", "--quiet", "--out", tmp_path / "run")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (5, "", 1)
+
+
+def test_undecided_is_exit_code_3(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    incumbent = read_plan(tuned / "best_plan.json").incumbent
+    result = result_of(tuned, verdict="undecided", winner=incumbent)
+    monkeypatch.setattr(tuner, "tune", lambda *_: result)
+    outcome = kvat("tune")
+    assert outcome.code == 3
+    assert outcome.out.startswith("Undecided: keep what you run today (default)")
+
+
+def test_the_wall_time_is_split(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "tune", lambda *_: result_of(tuned))
+    outcome = kvat("tune")
+    assert outcome.out.splitlines()[-1] == (
+        "Took 1 min 40 s: 20 s loading the model, 10 s importing libraries, 1 min 05 s generating, 5.0 s other"
+    )
+    assert outcome.err == "kvat: warning: report 'x' is broken\n"
+
+
+def test_a_renderer_s_complaint_is_not_swallowed_by_json(
+    kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "tune", lambda *_: replace(result_of(tuned), warnings=("one", "two")))
+    assert kvat("tune", "--json").err == "kvat: warning: one\nkvat: warning: two\n"
+    assert kvat("tune", "--quiet").err == ""
+
+
+def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "kvat_cli", *FAKE, "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+        os.close(follower)
+        shown = _read_all(leader)
+    assert process.returncode == 0
+    for text in ("candidate", "TTFT", "cache=static", "launches: 0 done", "tok/s", "Better: switch to"):
+        assert text in shown
+    assert "launch 0 for" not in shown
+
+
+def _read_all(leader: int) -> str:
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(leader, 1 << 16)
+        except OSError:  # how Linux tells that the other end is closed
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(leader)
+    return b"".join(chunks).decode("utf-8", "replace")
+
+
+def _records(out: Path, kind: str) -> list[Any]:
+    lines = (out / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["payload"] for record in map(json.loads, lines) if record["type"] == kind]
