@@ -33,6 +33,7 @@ LIBRARIES = ("kvat-core", "kvat-report", "kvat-cli")
 ENGINES = ("kvat-engine-transformers",)
 PACKAGES = (*LIBRARIES, *ENGINES)
 CROSS_PACKAGE = "cross-package"
+EXAMPLE = "examples/kvat-engine-minimal"
 
 TORCH_PYTHON = "3.11"
 PINNED = ("-c", "constraints.txt")
@@ -88,9 +89,14 @@ def group(*names: str) -> list[str]:
     return list(nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), *names))
 
 
-def editable(packages: tuple[str, ...]) -> list[str]:
-    """Arguments of pip that install these packages from the tree."""
-    return ["--no-build-isolation", *(word for package in packages for word in ("-e", f"packages/{package}"))]
+def editable(*folders: str) -> list[str]:
+    """Arguments of pip that install what is in these folders from the tree."""
+    return ["--no-build-isolation", *(word for folder in folders for word in ("-e", folder))]
+
+
+def source(package: str) -> str:
+    """The folder of a package."""
+    return f"packages/{package}"
 
 
 def program(name: str, python: str = TORCH_PYTHON) -> str:
@@ -108,7 +114,7 @@ def environment(session: nox.Session) -> None:
     with_torch = session.python == TORCH_PYTHON
     session.install(*PINNED, *group("build"))
     tools = group("test", "types", "layers") if with_torch else group("test")
-    session.install(*PINNED, *tools, *editable(PACKAGES if with_torch else LIBRARIES))
+    session.install(*PINNED, *tools, *editable(*map(source, PACKAGES if with_torch else LIBRARIES)))
 
 
 @nox.session
@@ -125,7 +131,7 @@ def lint(session: nox.Session) -> None:
 def layers(session: nox.Session) -> None:
     """Check the direction of imports between and inside the packages."""
     session.install(*PINNED, *group("layers"))
-    sources = os.pathsep.join(f"packages/{package}/src" for package in PACKAGES)
+    sources = os.pathsep.join(f"{source(package)}/src" for package in PACKAGES)
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
 
@@ -135,8 +141,8 @@ def types(session: nox.Session) -> None:
     """Check the types of each package, the libraries as the oldest Python sees them."""
     for package in PACKAGES:
         oldest = supported_pythons()[0] if package in LIBRARIES else TORCH_PYTHON
-        command = [program("mypy"), "--python-version", oldest, f"packages/{package}/src"]
-        session.run(*command, external=True)
+        session.run(program("mypy"), "--python-version", oldest, f"{source(package)}/src", external=True)
+    session.run(program("mypy"), f"{EXAMPLE}/src", external=True)
 
 
 # Tests
@@ -158,7 +164,7 @@ def pytest_options(name: str, marks: str = "not slow and not gpu") -> list[str]:
 
 def folder(suite: str) -> str:
     """Where the tests of a suite are."""
-    return "tests" if suite == CROSS_PACKAGE else f"packages/{suite}/tests"
+    return "tests" if suite == CROSS_PACKAGE else f"{source(suite)}/tests"
 
 
 def define_tests(python: str, suite: str) -> str:
@@ -186,6 +192,15 @@ TESTS = [
 ]
 
 
+@nox.session
+@part
+def example(session: nox.Session) -> None:
+    """Run the tests of the example adapter, which needs no package but kvat-core."""
+    session.install(*PINNED, *group("build"))
+    session.install(*PINNED, *group("test"), *editable(source("kvat-core"), EXAMPLE))
+    session.run("pytest", *pytest_options(session.name), f"{EXAMPLE}/tests")
+
+
 @nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
 @part
 def slow(session: nox.Session) -> None:
@@ -204,13 +219,13 @@ def minimums(session: nox.Session) -> None:
     """Run the tests of all packages with the lowest versions that they accept."""
     pins = sorted({lowest for package in PACKAGES for lowest in lowest_versions(package)})
     session.install(*group("build"))
-    session.install(*group("test", "layers"), *pins, *torch_pin(), *editable(PACKAGES))
+    session.install(*group("test", "layers"), *pins, *torch_pin(), *editable(*map(source, PACKAGES)))
     session.run("pytest", *pytest_options(session.name), *map(folder, (*PACKAGES, CROSS_PACKAGE)), *session.posargs)
 
 
 def lowest_versions(package: str) -> Iterator[str]:
     """The lower ends of a package's requirements as pins, siblings and torch apart."""
-    project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")["project"]
+    project = nox.project.load_toml(ROOT / source(package) / "pyproject.toml")["project"]
     for requirement in map(Requirement, project["dependencies"]):
         lower_ends = [bound.version for bound in requirement.specifier if bound.operator in {">=", "~="}]
         if lower_ends and requirement.name not in {*PACKAGES, "torch"}:
@@ -233,7 +248,7 @@ def build(session: nox.Session) -> None:
     shutil.rmtree("dist", ignore_errors=True)
     with tempfile.TemporaryDirectory() as from_tree:
         for package in PACKAGES:
-            command = ["python", "-m", "build", "--no-isolation", f"packages/{package}"]
+            command = ["python", "-m", "build", "--no-isolation", source(package)]
             session.run(*command, "--outdir", "dist", silent=True)
             session.run(*command, "--outdir", from_tree, "--wheel", silent=True)
         for wheel in sorted(Path("dist").glob("*.whl")):
@@ -283,7 +298,7 @@ def test(session: nox.Session) -> None:
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)  # nox's own closing lines come before it
     environments = [f"environment-{python}" for python in FOUND]
-    for name in ("lint", "layers", "build", *environments, "types", *TESTS, "wheels"):
+    for name in ("lint", "layers", "build", *environments, "types", *TESTS, "example", "wheels"):
         session.notify(name)
 
 

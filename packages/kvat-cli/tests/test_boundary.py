@@ -3,14 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
-from conftest import Run
+
 from kvat_core import tuner
 from kvat_core.errors import AllFailed, NothingFeasible, UsageError
 
+Run = Callable[..., Any]
 FAKE = ("tune", "--engine", "fake", "--model", "fake:tiny")
 
 

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Run
+
 from kvat_core import Profile, discovery, load_profile, machine, presets
 from kvat_core.discovery import EngineStatus
 from kvat_core.schema import EVENT_TYPES
+
+Run = Callable[..., Any]
 
 
 def test_apply_prints_the_snippet_of_the_run(kvat: Run, tuned: Path) -> None:

@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-UNDECIDED = 3
-
 Pairs = list[str] | None
 
 
@@ -45,7 +43,7 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="Move an earlier run in DIR aside.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
-) -> int:
+) -> None:
     """Measure which settings are fastest, and hand them over.
 
     DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
@@ -84,4 +82,3 @@ def tune(
         print(result.plan.model_dump_json(indent=2))
     elif not quiet:
         print_summary(result)
-    return UNDECIDED if result.plan.verdict == "undecided" else 0
