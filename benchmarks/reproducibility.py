@@ -54,7 +54,7 @@ def main() -> int:
     plans, times = zip(*[run_once() for _ in range(2 * options.pairs)], strict=True)
     agreeing = [agreement(*pair) for pair in zip(plans[::2], plans[1::2], strict=True)]
     summary = {way: sum(pair[way] for pair in agreeing) for way in agreeing[0]}
-    print(f"{options.pairs} pairs: " + ", ".join(f"{way} {count}" for way, count in summary.items()))
+    print(f"{options.pairs} pairs: " + ", ".join(f"{way.replace('_', ' ')} {count}" for way, count in summary.items()))
     print(f"wall seconds: median {median(one.wall_s for one in times):.1f}, max {max(one.wall_s for one in times):.1f}")
     bounds = [
         Bound("share of pairs that agree", summary["agree"] / options.pairs, ">=", MIN_AGREEING),
@@ -88,7 +88,7 @@ def read_times(run: Run, wall_s: float) -> Times:
 def agreement(first: Plan, second: Plan) -> dict[str, bool]:
     """In which ways two plans say the same."""
     named = [first.winner.id in as_good(second), second.winner.id in as_good(first)]
-    return {"agree": any(named), "same winner": first.winner.id == second.winner.id, "both name both": all(named)}
+    return {"agree": any(named), "same_winner": first.winner.id == second.winner.id, "both_named": all(named)}
 
 
 def as_good(plan: Plan) -> set[str]:

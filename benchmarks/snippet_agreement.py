@@ -71,7 +71,10 @@ def compare(plan: Plan, snippet: Path, runs: int) -> dict[str, Any]:
     printed = [decode_rates(run([sys.executable, str(snippet)]).stdout) for _ in range(runs)]
     winner = plan.candidate(plan.winner.id)
     return {
+        "model": plan.model.id,
+        "profile": plan.profile.name,
         "winner": plan.winner.label,
+        "noise_floor": plan.confidence.noise_floor,
         "plan_created": plan.created,
         "scenarios": [compare_scenario(one, [rates[shape_of(one)] for rates in printed]) for one in winner.scenarios],
     }

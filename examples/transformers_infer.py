@@ -1,6 +1,6 @@
 """Put a plan of the Transformers engine to use: load the model by its settings and continue a text.
 
-    python examples/transformers_infer.py kvat-out/llama-ci-micro/best_plan.json "a text to continue"
+    python examples/transformers_infer.py kvat-out/builtin-llama-ci-micro/best_plan.json "a text to continue"
 
 The plan's own code does the loading and the generating, so what runs here is what was measured.
 """

@@ -16,7 +16,6 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from kvat_engine_transformers import recall
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -26,6 +25,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from kvat_engine_transformers import recall
 
 BUILTIN = Path(__file__).resolve().parents[1] / "packages/kvat-engine-transformers/src/kvat_engine_transformers/builtin"
 SEED = 20

@@ -34,9 +34,20 @@ def result_of(out: Path, **plan_changes: Any) -> TuneResult:
     )
 
 
-def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def record_requests(monkeypatch: pytest.MonkeyPatch, result: TuneResult) -> list[TuneRequest]:
+    """Replace measuring by a result that is there already; what was asked for ends up in the list."""
     requests: list[TuneRequest] = []
-    monkeypatch.setattr(tuner, "tune", lambda request, _: requests.append(request) or result_of(tuned))
+
+    def tune(request: TuneRequest, on_progress: object) -> TuneResult:
+        requests.append(request)
+        return result
+
+    monkeypatch.setattr(tuner, "tune", tune)
+    return requests
+
+
+def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = record_requests(monkeypatch, result_of(tuned))
     words = (
         "tune --engine e --model m --revision r --allow-download --device cuda:1 --threads 3 --profile p "
         "--context 2048,4096 --batch 1,4 --space full --set a=1 --set b=x=y --exclude c=2 --exclude c=3 "
@@ -66,8 +77,7 @@ def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.
 
 
 def test_without_options_the_request_is_the_default(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests: list[TuneRequest] = []
-    monkeypatch.setattr(tuner, "tune", lambda request, _: requests.append(request) or result_of(tuned))
+    requests = record_requests(monkeypatch, result_of(tuned))
     kvat("tune")
     assert requests == [TuneRequest()]
 

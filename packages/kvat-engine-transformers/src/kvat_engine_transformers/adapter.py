@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import JsonValue
@@ -139,12 +139,13 @@ class TransformersAdapter(EngineAdapter):
         # On mps a cache that is handed back switches on its recording, which would cost time at each step.
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        generate: Any = self.model.generate
         clock = TokenClock()
         graphs = proof.compiled_graphs()
         _synchronize(self.model.device)
         with translated(), actions.entered(self._recipe):
             start_ns = time.perf_counter_ns()
-            output = self.model.generate(**inputs, **arguments, streamer=clock)
+            output = generate(**inputs, **arguments, streamer=clock)
             end_ns = time.perf_counter_ns()
         tokens, cache = _unpack(output)
         if cache is not None:
@@ -169,7 +170,7 @@ class TransformersAdapter(EngineAdapter):
 def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) -> PreTrainedModel:
     if source.kind == "random":
         return build_random_model(source.path, dtype=dtype, device=device, attention=attention)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source.path,
         dtype=dtype,
         attn_implementation=attention,
@@ -177,7 +178,7 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) ->
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return cast("PreTrainedModel", model.to(device).eval())
 
 
 def _timeline(call: Call) -> Timeline:

@@ -27,4 +27,5 @@ def peak_device_bytes(device: torch.device) -> int | None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds now, allocated slots included."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

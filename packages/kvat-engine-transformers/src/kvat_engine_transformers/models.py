@@ -161,14 +161,14 @@ def _read_config(model_id: str, source: Source) -> PreTrainedConfig:
 
 
 def _require_text_generation(model_id: str, config: dict[str, Any]) -> None:
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    model_type, architectures = str(config.get("model_type")), config.get("architectures") or []
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in config:
             raise UsageError(f"{model_id} needs code from its repository, which kvat never runs; choose another model")
         raise UsageError(f"this version of transformers does not know the model type {model_type} of {model_id}")
     if config.get("is_encoder_decoder"):
         raise UsageError(f"{model_id} is an encoder-decoder; kvat tunes decoder-only models")
-    generating = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    generating: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     names = generating if isinstance(generating, (tuple, list)) else (generating,)
     if generating is None or (architectures and not set(architectures) & set(names)):
         what = architectures[0] if architectures else model_type
@@ -217,7 +217,7 @@ def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
 
 def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
     if hasattr(text, "kv_lora_rank"):
-        return ("other",) * text.num_hidden_layers
+        return ("other",) * int(text.num_hidden_layers)
     kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
     default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
     names = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
@@ -229,7 +229,7 @@ def _window(text: PreTrainedConfig) -> int | None:
 
 
 def _head_dim(text: PreTrainedConfig) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _digest(path: Path) -> str:

@@ -82,14 +82,15 @@ def compiled_graphs() -> int:
 
 def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str, Any]) -> Seen:
     """Generate once under the profiler, inside the recipe's contexts, and read everything back."""
+    generate: Any = model.generate
     witness = _Witness()
     graphs = compiled_graphs()
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if "compile_config" in arguments:
         # Compiled beforehand, because tracing calls kernels that the compiled graph does not.
-        model.generate(**inputs, **arguments)
+        generate(**inputs, **arguments)
     with profile(activities=_activities(model.device)) as profiler:
-        output = model.generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
+        output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
     cache: Cache = output.past_key_values
     return Seen(
         cache=type(cache).__name__,

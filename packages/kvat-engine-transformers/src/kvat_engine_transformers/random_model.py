@@ -24,7 +24,8 @@ def build_random_model(path: Path, *, dtype: torch.dtype, device: str, attention
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     _fill(model, scale=getattr(config, "initializer_range", 0.02))
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()

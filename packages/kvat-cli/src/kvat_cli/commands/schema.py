@@ -23,14 +23,13 @@ def schema(
 def _plan() -> dict[str, Any]:
     from kvat_core.schema import Plan
 
-    return Plan.model_json_schema(mode="serialization")
+    return Plan.model_json_schema()
 
 
 def _profile() -> dict[str, Any]:
     from kvat_core.schema import Profile
 
-    # A profile is written by people, who may leave out what has a default.
-    return Profile.model_json_schema(mode="validation")
+    return Profile.model_json_schema()
 
 
 def _journal_record() -> dict[str, Any]:
@@ -38,8 +37,8 @@ def _journal_record() -> dict[str, Any]:
 
     from kvat_core.schema import EVENT_TYPES
 
-    references, shared = models_json_schema([(record, "serialization") for record in EVENT_TYPES.values()])
-    payloads = {name: references[record, "serialization"] for name, record in EVENT_TYPES.items()}
+    references, shared = models_json_schema([(record, "validation") for record in EVENT_TYPES.values()])
+    payloads = {name: references[record, "validation"] for name, record in EVENT_TYPES.items()}
     return {
         "title": "kvat journal record",
         "description": "One line of a journal. crc32 covers the canonical JSON of the other three keys.",
