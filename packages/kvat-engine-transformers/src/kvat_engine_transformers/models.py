@@ -216,11 +216,12 @@ def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
 
 
 def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
+    layers: int = text.num_hidden_layers
     if hasattr(text, "kv_lora_rank"):
-        return ("other",) * int(text.num_hidden_layers)
+        return tuple("other" for _ in range(layers))
     kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
     default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
-    names = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
+    names = getattr(text, "layer_types", None) or [default] * layers
     return tuple(kinds.get(name, "other") for name in names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ _KERNELS = (
     ("_scaled_dot_product_flash_attention", "FLASH_ATTENTION"),
     ("_scaled_dot_product_efficient_attention", "EFFICIENT_ATTENTION"),
     ("_scaled_dot_product_cudnn_attention", "CUDNN_ATTENTION"),
-    ("_scaled_dot_product_attention_math_for_mps", "MPS"),
+    # On mps this includes the fused operator, which torch chooses inside its math kernel.
     ("_scaled_dot_product_attention_math", "MATH"),
 )
 """Start of an operator's name to the attention kernel behind it; the first match counts."""
@@ -43,11 +43,18 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class StateLayer:
+    """One layer of a live cache that keeps a state of fixed size instead of keys and values."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class Seen:
     """Everything that a setting is meant to change, as it was found."""
 
     cache: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | StateLayer, ...]
     attention: str
     kernels: tuple[str, ...]
     grad_mode: str
@@ -121,7 +128,9 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *cuda]
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any) -> Layer | StateLayer:
+    if getattr(layer, "keys", None) is None:
+        return StateLayer(kind=type(layer).__name__)
     return Layer(
         kind=type(layer).__name__,
         sliding=bool(layer.is_sliding),
@@ -156,10 +165,9 @@ def _names(values: Any) -> tuple[str, ...]:
 
 
 def _values(seen: Seen) -> dict[str, Any]:
-    layers = [f"{layer.kind}[{layer.slots}] {layer.dtype} {layer.device}" for layer in seen.layers]
     return {
         "cache": seen.cache,
-        "layers": layers,
+        "layers": [_layer_text(layer) for layer in seen.layers],
         "attention": seen.attention,
         "kernels": list(seen.kernels),
         "grad_mode": seen.grad_mode,
@@ -170,17 +178,27 @@ def _values(seen: Seen) -> dict[str, Any]:
     }
 
 
+def _layer_text(layer: Layer | StateLayer) -> str:
+    if isinstance(layer, StateLayer):
+        return layer.kind
+    return f"{layer.kind}[{layer.slots}] {layer.dtype} {layer.device}"
+
+
+def _with_keys(layers: Iterable[Layer | StateLayer]) -> list[Layer]:
+    return [layer for layer in layers if isinstance(layer, Layer)]
+
+
 def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
-    load = recipe.load
+    load, layers = recipe.load, _with_keys(seen.layers)
     wanted_cache = CACHE_CLASSES[str(recipe.arguments["cache_implementation"])]
     pairs = [
         ("cache", wanted_cache, seen.cache),
         ("attention", load["attn_backend"], seen.attention),
         ("grad mode", actions.grad_mode(recipe), seen.grad_mode),
         ("weights", [load["dtype"]], list(seen.dtypes)),
-        ("cache dtype", [load["dtype"]], list(_names(layer.dtype for layer in seen.layers))),
+        ("cache dtype", [load["dtype"]], list(_names(layer.dtype for layer in layers))),
         ("device", [load["device"]], list(seen.devices)),
-        ("cache device", [load["device"]], list(_names(layer.device for layer in seen.layers))),
+        ("cache device", [load["device"]], list(_names(layer.device for layer in layers))),
         ("compile", actions.compile_mode(recipe), seen.compile),
     ]
     found = [f"{what}: the recipe says {wanted}, it is {actual}" for what, wanted, actual in pairs if wanted != actual]
@@ -205,11 +223,12 @@ def _wrong_graphs(seen: Seen) -> str | None:
     return f"compile: {seen.compile} with {seen.graphs} graphs compiled"
 
 
-def _wrong_slots(layers: Any, recipe: Recipe) -> str | None:
+def _wrong_slots(layers: Iterable[Layer | StateLayer], recipe: Recipe) -> str | None:
     slots = actions.slots(recipe)
     if slots is None:
         return None
-    full = {layer.slots for layer in layers if not layer.sliding} - {slots}
-    sliding = {layer.slots for layer in layers if layer.sliding and layer.slots > slots}
+    found = _with_keys(layers)
+    full = {layer.slots for layer in found if not layer.sliding} - {slots}
+    sliding = {layer.slots for layer in found if layer.sliding and layer.slots > slots}
     wrong = sorted(full | sliding)
     return f"slots: the recipe says {slots}, layers have {wrong}" if wrong else None
