@@ -15,7 +15,7 @@ FORMAT: Literal[1] = 1
 class Record(BaseModel):
     """An immutable, validated value; unknown keys are an error, so a typo is never ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
 
 
 def digest(value: Any, length: int = 10) -> str:
