@@ -37,8 +37,11 @@ from kvat_core.schema import (
 from kvat_core.search import Grid
 from kvat_core.snippets import snippet
 
-DEMO_PROFILE = "ci-micro"
-DEFAULT_PROFILE = "chat-agent"
+DEFAULT_PROFILE = "ci-micro"
+DEFAULT_PROFILE_NOTE = (
+    f"no profile was named, so {DEFAULT_PROFILE} was measured, a quick smoke test: name the --profile of your traffic "
+    "before you rely on the result"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class TuneRequest:
     threads: int | None = None
     """CPU threads; None = what the engine uses by itself."""
     profile: str | Profile | None = None
-    """Preset name, JSON file or object; None = ci-micro for the demonstration model, else chat-agent."""
+    """Preset name, JSON file or object; None = ci-micro, which is quick and says so."""
     contexts: tuple[int, ...] = ()
     """Prompt lengths in tokens that replace the profile's."""
     batches: tuple[int, ...] = ()
@@ -148,6 +151,8 @@ def tune(
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,
     )
+    if request.profile is None:
+        notes = (*notes, DEFAULT_PROFILE_NOTE)
     target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
@@ -184,7 +189,7 @@ def tune(
 
 
 def _profile(request: TuneRequest) -> Profile:
-    chosen = request.profile or (DEFAULT_PROFILE if request.model else DEMO_PROFILE)
+    chosen = request.profile or DEFAULT_PROFILE
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
 
 

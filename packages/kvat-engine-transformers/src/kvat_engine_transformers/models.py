@@ -94,6 +94,8 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
     if source.kind != "random":
         _require_safetensors(model.id, source.path)
     text = config.get_text_config(decoder=True)
+    if getattr(text, "num_attention_heads", None) is None:
+        raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
     dtype = _dtype(model.id, config)
     weight_bytes = _weight_bytes(config, dtype)
     _require_memory(model.id, weight_bytes, device)

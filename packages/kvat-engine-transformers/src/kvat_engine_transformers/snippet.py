@@ -85,7 +85,7 @@ def main():
     """Print one line per scenario."""
     model = load()
     for prompt_tokens, output_tokens, batch_size in SCENARIOS:
-        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
+{reset}        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
         shape = f"prompt_tokens={{prompt_tokens}} output_tokens={{output_tokens}} batch_size={{batch_size}}"
         print(f"{{shape}} ttft_s={{ttft_s:.6f}} decode_tps={{decode_tps:.3f}}")
 
@@ -96,6 +96,11 @@ if __name__ == "__main__":
 
 _RANDOM_NOTE = """
 The weights are random: text is meaningless, speed and memory are those of the architecture.
+"""
+
+_RESET = """\
+        # A second length would otherwise be compiled for variable lengths, which is not what was measured.
+        torch.compiler.reset()
 """
 
 
@@ -119,6 +124,7 @@ def render(plan: Plan) -> str:
         imports="\n".join(_imports(plan.model.id, shown)),
         model_constant=_model_constant(plan.model.id, local),
         scenarios=_scenarios(scenarios),
+        reset=_RESET if shown.compiles else "",
         threads=plan.machine.threads,
         load_body="\n".join(_load_body(plan.model.id, plan.model.revision, shown)),
         generate_body="\n".join(_generate_body(shown)),
