@@ -282,9 +282,10 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
 @part
 def bench(session: nox.Session) -> None:
-    """Run the project's own benchmarks."""
-    for script in sorted(Path("benchmarks").glob("*.py")):
-        session.run(program("python"), str(script), *session.posargs, external=True)
+    """Run the project's own benchmarks, and keep their results."""
+    for script in sorted(Path("benchmarks").glob("[!_]*.py")):
+        result = f"benchmarks/results/{script.stem}.json"
+        session.run(program("python"), str(script), "--out", result, external=True)
 
 
 # All of it

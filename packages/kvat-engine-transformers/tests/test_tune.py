@@ -146,3 +146,4 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
             candidate.settings["cache"] == "static"
         )
         assert ("CompileConfig(" in text) == (candidate.settings["compile"] != "off")
+        assert ("torch.compiler.reset()" in text) == (candidate.settings["compile"] != "off")

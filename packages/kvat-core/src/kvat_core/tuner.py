@@ -146,7 +146,7 @@ def tune(
     probe_s = time.perf_counter() - probing
     fitted, notes = profiles.fit(
         profile,
-        preset=profile.name in profiles.presets(),
+        preset=profile in profiles.presets().values(),
         contexts=request.contexts,
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,

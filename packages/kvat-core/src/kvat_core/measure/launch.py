@@ -11,6 +11,7 @@ from typing import Any
 from kvat_core import metrics
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.messages import PromptSpec
+from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import Client, WorkerFailed
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -214,10 +215,12 @@ class _Launch:
         self._bench.record(Failed(launch=self._order.launch, cell=cell, failure=self._scrubbed(failure)))
 
     def _scrubbed(self, failure: Failure) -> Failure:
-        """Whatever an engine prints may echo a prompt; only our own sample texts may be kept."""
-        if self._bench.source.kind == "preset" or not failure.stderr_tail:
-            return failure
-        return failure.model_copy(update={"stderr_tail": "(withheld: the prompts are the user's own)"})
+        """Whatever an engine prints may echo a prompt; only beside our own sample texts may it be kept."""
+        if self._bench.source.kind == "preset":
+            tail = anonymous(failure.stderr_tail)
+        else:
+            tail = failure.stderr_tail and "(withheld: the prompts are the user's own)"
+        return failure.model_copy(update={"stderr_tail": tail})
 
     def _scenario(self, cell: Cell) -> Scenario:
         return self._bench.run.scenarios[cell.scenario]
