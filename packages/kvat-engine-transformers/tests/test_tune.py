@@ -89,6 +89,7 @@ def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path
     assert plan.model.weights == "random"
     assert any("weights are random" in note for note in plan.notes)
     assert "weights are random" in (tmp_path / "out" / "snippet.py").read_text()
+    assert len(lines(tmp_path / "out" / "snippet.py", str(tiny_directory))) == 2
 
 
 def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> None:

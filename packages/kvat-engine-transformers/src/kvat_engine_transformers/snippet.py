@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
-from kvat_core.schema import ContextCall, ModelRef, Plan, Recipe, Scenario, Target
+from kvat_core.schema import ContextCall, ModelRef, Plan, PlanModel, Recipe, Scenario, Target
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 from kvat_engine_transformers.recipes import recipe
 
@@ -114,7 +114,8 @@ def render(plan: Plan) -> str:
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
     # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
     shown = recipe(plan.winner.settings, scenarios[0], target)
-    local = plan.model.id.startswith("./")
+    path = plan.model.id.rpartition(":")[2]
+    local = path.startswith("./")
     return _TEMPLATE.format(
         title=f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}.",
         usage=" [MODEL_DIRECTORY]" if local else "",
@@ -122,11 +123,11 @@ def render(plan: Plan) -> str:
         sys_import="import sys\n" if local else "",
         environment=_literal(shown.environment),
         imports="\n".join(_imports(plan.model.id, shown)),
-        model_constant=_model_constant(plan.model.id, local),
+        model_constant=_model_constant(path if local else plan.model.id, local),
         scenarios=_scenarios(scenarios),
         reset=_RESET if shown.compiles else "",
         threads=plan.machine.threads,
-        load_body="\n".join(_load_body(plan.model.id, plan.model.revision, shown)),
+        load_body="\n".join(_load_body(plan.model, local, shown)),
         generate_body="\n".join(_generate_body(shown)),
         # The proof call of a launch warms up as well.
         warmup=1 + (plan.profile.warmup or shown.warmup),
@@ -165,16 +166,18 @@ def _model_constant(model_id: str, local: bool) -> str:
     return f'\nMODEL = "{model_id}"' if not model_id.startswith((BUILTIN, RANDOM)) else ""
 
 
-def _load_body(model_id: str, revision: str | None, shown: Recipe) -> list[str]:
+def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     dtype, device = f"torch.{shown.load['dtype']}", f'"{shown.load["device"]}"'
     attention = f'"{shown.load["attn_backend"]}"'
-    if model_id.startswith(RANDOM):
-        path = f'random_path("{model_id.removeprefix(RANDOM)}")'
-        return [f"    return build_random_model({path}, dtype={dtype}, device={device}, attention={attention})"]
-    where = f'builtin_path("{model_id.removeprefix(BUILTIN)}")' if model_id.startswith(BUILTIN) else "MODEL"
+    name = model.id.rpartition(":")[2]
+    named = "MODEL" if local else f'"{name}"'
+    if model.id.startswith(RANDOM):
+        options = f"dtype={dtype}, device={device}, attention={attention}"
+        return [f"    return build_random_model(random_path({named}), {options})"]
+    where = f"builtin_path({named})" if model.id.startswith(BUILTIN) else "MODEL"
     options = [where, f"dtype={dtype}", f"attn_implementation={attention}"]
-    if revision is not None:
-        options.append(f'revision="{revision}"')
+    if model.revision is not None:
+        options.append(f'revision="{model.revision}"')
     options += ["local_files_only=True", "use_safetensors=True"]
     return [
         "    model = AutoModelForCausalLM.from_pretrained(",
