@@ -151,3 +151,9 @@ def make_run() -> MakeRun:
         return run
 
     return make
+
+
+@pytest.fixture
+def in_process_worker() -> type[InProcessWorker]:
+    """A worker without a process, to derive from."""
+    return InProcessWorker

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvat_core.decision import decide
 from kvat_core.run import Run
-from kvat_core.schema import Cell, Failed, Failure
+from kvat_core.schema import Cell, Failed, Failure, Objective, Profile, Scenario
 
 MakeRun = Callable[..., Run]
 
@@ -42,12 +42,11 @@ def test_no_real_difference_keeps_the_default(make_run: MakeRun) -> None:
     assert (decision.winner, decision.verdict, decision.equivalents) == ("today", "tie", ("other",))
 
 
-def test_a_large_difference_that_noise_could_explain_is_undecided(make_run: MakeRun) -> None:
+def test_a_large_difference_that_noise_explains_is_no_win(make_run: MakeRun) -> None:
     decision = decide(make_run({"today": [1.0, 1.0, 1.0], "wild": [0.5, 1.2, 0.6]}))
     assert decision is not None
-    assert decision.winner == "today"
-    assert decision.verdict in ("undecided", "tie")
-    assert decision.confidence.level == "low"
+    assert (decision.winner, decision.verdict) == ("today", "tie")
+    assert decision.confidence.noise_floor > 0.2
 
 
 def test_one_block_decides_nothing(make_run: MakeRun) -> None:
@@ -125,6 +124,16 @@ def test_equal_candidates_are_hardly_ever_called_better(make_run: MakeRun) -> No
         verdicts.append(decision.verdict)
     assert verdicts.count("better") / worlds <= 0.05
     assert verdicts.count("tie") / worlds >= 0.9
+
+
+def test_a_peak_that_is_unknown_for_one_counts_for_none(make_run: MakeRun) -> None:
+    objective = Objective(ttft=0.45, decode=0.45, memory=0.1)
+    profile = Profile(name="m", scenarios=(Scenario(prompt_tokens=8, output_tokens=3),), objective=objective, samples=1)
+    paces = {"today": [1.0, 1.01, 0.99], "slow": [2.0, 2.02, 1.98]}
+    decision = decide(make_run(paces, peaks={"today": 800}, profile=profile))
+    assert decision is not None
+    assert decision.winner == "today"
+    assert decision.scores["slow"].value < 1
 
 
 def test_less_memory_breaks_a_tie_only_where_memory_binds(make_run: MakeRun) -> None:

@@ -218,7 +218,7 @@ def test_loading_one_engine_imports_no_other(zoo: Site) -> None:
         (
             "absent",
             "no engine is called 'absent'; available: alias, broken, fake, fake-server, fine, future, gone, quitter, "
-            "stranger, unfinished; others come with their own package, e.g. pip install kvat-engine-transformers",
+            "stranger, unfinished; others come with their own package, e.g. pip install kvat-engine-NAME",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_several_engines_leave_the_choice_to_the_user(two: Site) -> None:
 
 
 def test_demonstration_is_no_default(bare: Site) -> None:
-    message = "no engine is installed; pip install kvat-engine-transformers, or see a demonstration with --engine fake"
+    message = "no engine is installed; pip install kvat-engine-NAME, or see a demonstration with --engine fake"
 
     assert bare.pick() == message
     assert bare.pick(model="some/model") == message

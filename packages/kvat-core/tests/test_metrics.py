@@ -46,6 +46,7 @@ def test_jitter_is_p95_over_p50_and_unknown_without_gaps() -> None:
     assert metrics.jitter(sample(request(0.5, (0.1,) * 19 + (0.3,)))) == pytest.approx(1.0)
     assert metrics.jitter(sample(request(0.5, (0.1,) * 18 + (0.3, 0.3)))) == pytest.approx(3.0)
     assert metrics.jitter(sample(request(0.5, (0.1,), token_gaps_s=None))) is None
+    assert metrics.jitter(sample(request(0.5, (0.0, 0.0, 0.3)))) is None
 
 
 SCENARIO = Scenario(prompt_tokens=8, output_tokens=3)

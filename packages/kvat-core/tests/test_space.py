@@ -101,6 +101,8 @@ def test_compilation_and_complexity_are_carried() -> None:
         ({"excluded": [("cache", "x")]}, "unknown value 'x' of cache; it can be grow, fixed, small, odd"),
         ({"incumbent": {"cache": "odd"}}, "the incumbent .* cannot run here: cache=odd: needs a card"),
         ({"pinned": {"graph": "on"}}, "--set graph=on has no effect on the incumbent: it needs cache in fixed"),
+        ({"incumbent": {"graph": "on"}}, "--incumbent graph=on has no effect on the incumbent"),
+        ({"incumbent": {"cache": "fixed"}, "pinned": {"cache": "grow"}}, "--incumbent cache=fixed contradicts --set"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said(changes: dict[str, Any], message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +120,21 @@ def test_a_message_that_is_too_long_is_refused(worker: WorkerProcess) -> None:
     source = PromptSource(kind="text", value="x" * (9 * 2**20))
     with pytest.raises(WorkerFailed, match="a message of"):
         worker.call("prove", {"source": source.model_dump()}, "prove", 60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent death signals are Linux's")
+def test_a_worker_dies_with_its_parent() -> None:
+    code = (
+        "import os, signal\n"
+        "from kvat_core.measure.supervisor import WorkerProcess\n"
+        "worker = WorkerProcess({})\n"
+        "worker.call('start', {'engine': 'fake', 'adapter': True}, 'start', 60)\n"
+        "print(worker._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid)

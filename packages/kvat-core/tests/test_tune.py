@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, read_pla
 from kvat_core.errors import AllFailed, UsageError
 from kvat_core.journal import journal_sha256, read_journal
 from kvat_core.measure.deadlines import Deadlines
+from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
-from kvat_core.schema import CandidateResult, JournalRef, Objective, PromptSource, Sample, Scenario
+from kvat_core.schema import CandidateResult, Failure, JournalRef, Objective, PromptSource, Sample, Scenario
 
 OpenWorker = Callable[[Mapping[str, str]], Any]
 
@@ -70,12 +72,57 @@ def test_candidates_that_run_the_very_same_thing_are_measured_once(out: Path) ->
     assert {sample.candidate for sample in samples} <= {candidate.id for candidate in plan.candidates}
 
 
-def test_all_candidates_of_a_block_see_the_same_prompts_and_no_two_samples_do(out: Path) -> None:
-    from kvat_core.measure.launch import nonce
+def test_all_candidates_of_a_block_see_the_same_prompts_and_no_two_samples_do(
+    out: Path, in_process_worker: Any
+) -> None:
+    nonces: dict[tuple[str, int], list[int]] = {}
 
-    assert nonce(0, 1, "8+3x1", 2) == nonce(0, 1, "8+3x1", 2)
-    different = {nonce(*arguments) for arguments in [(0, 1, "a", 2), (1, 1, "a", 2), (0, 2, "a", 2), (0, 1, "b", 2)]}
-    assert len(different) == 4
+    workers = itertools.count()
+
+    class Recording(in_process_worker):
+        def __init__(self, environment: Mapping[str, str]) -> None:
+            super().__init__(environment)
+            self.number = next(workers)
+
+        def call(self, operation: Any, arguments: Any, phase: str, timeout_s: float) -> Any:
+            if operation == "prepare":
+                self.settings = json.dumps([arguments["setup"], arguments["arguments"]])
+            if phase == "sample":
+                nonces.setdefault((self.settings, self.number), []).append(arguments["prompt"]["nonce"])
+            return super().call(operation, arguments, phase, timeout_s)
+
+    tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), open_worker=Recording)
+    blocks = {worker: [seen for (_, one), seen in nonces.items() if one == worker] for _, worker in nonces}
+    assert len(blocks) == 3
+    for candidates in blocks.values():
+        assert len(candidates) == 4
+        assert all(seen == candidates[0] for seen in candidates)
+    drawn = [nonce for candidates in blocks.values() for nonce in candidates[0]]
+    assert len(set(drawn)) == len(drawn) == 9
+
+
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [("decode", None), ("decode", {"clock": "sundial"}), ("prove", 7), ("resources", "much"), ("cleanup", None)],
+)
+def test_an_adapter_that_answers_nonsense_costs_no_run(
+    out: Path, operation: str, answer: Any, in_process_worker: Any
+) -> None:
+    class Senseless(in_process_worker):
+        suspect = False
+
+        def call(self, asked: Any, arguments: Any, phase: str, timeout_s: float) -> Any:
+            value = super().call(asked, arguments, phase, timeout_s)
+            if asked == "prepare":
+                self.suspect = arguments["setup"]["kernel"] == "eager"
+            if asked == "cleanup" == operation:
+                raise WorkerFailed(Failure(kind="error", phase=phase, reason="at the very end"), alive=True)
+            return answer if asked == operation and (self.suspect or operation == "resources") else value
+
+    plan = tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), open_worker=Senseless).plan
+    assert plan.winner.label == "cache=static"
+    kinds = {candidate.failure.kind for candidate in plan.candidates if candidate.failure}
+    assert kinds == ({"invalid_output"} if operation in ("decode", "prove") else set())
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ def reachable() -> list[CandidateEntry]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("model_id", ["builtin:mistral", "random:smollm2-135m", "./mine", "owner/name"])
+@pytest.mark.parametrize(
+    "model_id", ["builtin:mistral", "random:smollm2-135m", "./mine", "random:./mine", "owner/name", './my"\\model']
+)
 def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
     run: tuple[Path, Plan], model_id: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel
 
 from kvat_core import metrics
 from kvat_core.engine import EngineError
@@ -49,7 +49,11 @@ def test_layers_that_keep_a_state_are_proven_beside_those_with_keys(
     assert metrics.invalid_reason(adapter.run_decode(prompt, 6), SCENARIO) is None
 
 
-def test_an_architecture_without_sdpa_says_what_to_do(prepared: Prepared, tmp_path: Path) -> None:
+def test_an_architecture_without_sdpa_says_what_to_do(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Older versions of transformers still load it with SDPA.
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", False)
     model_id = saved(tmp_path, "gemma2", sliding_window=32)
     with pytest.raises(EngineError, match="--set attention=eager") as caught:
         prepared(model_id, SCENARIO, attention="sdpa")

@@ -35,7 +35,7 @@ def test_better_than_an_incumbent_that_failed(make_plan: Callable[..., Plan]) ->
 def test_tie_keeps_the_incumbent_and_says_why(make_plan: Callable[..., Plan]) -> None:
     assert decision(make_plan(verdict="tie", **KEEP)) == (
         "Tie: keep what you run today (dynamic, sdpa); the best alternative, static, sdpa, scores 1.41× [1.37, 1.45], "
-        "and differences under 2.4 % are not real on this machine."
+        "and differences under 2.4 % are not claimed on this machine."
     )
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _explain(error)
     if code == INTERRUPTED:
-        print("kvat: interrupted", file=sys.stderr)
+        print("kvat: interrupted; what was measured is in the journal of --out, no plan was written", file=sys.stderr)
     return int(code)
 
 

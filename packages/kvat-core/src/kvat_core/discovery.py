@@ -26,7 +26,7 @@ _Loaded = TypeVar("_Loaded")
 EngineState = Literal["ok", "broken", "duplicate", "too_new"]
 
 _OWN_DISTRIBUTION = "kvat-core"
-_INSTALL = "pip install kvat-engine-transformers"
+_INSTALL = "pip install kvat-engine-NAME"
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ def e2e_s(sample: Sample) -> float:
 
 
 def jitter(sample: Sample) -> float | None:
-    """p95 / p50 of the token gaps; None where the engine gives totals only."""
+    """p95 / p50 of the token gaps; None where the engine gives totals only, or delivers most tokens in bursts."""
     gaps = [gap for request in sample.requests for gap in request.token_gaps_s or ()]
     if not gaps:
         return None
     gaps.sort()
     p95 = gaps[min(len(gaps) - 1, math.ceil(0.95 * len(gaps)) - 1)]
-    return p95 / median(gaps)
+    return p95 / median(gaps) if median(gaps) > 0 else None
 
 
 Metric = Callable[[Sample], float]

@@ -19,27 +19,39 @@ def check_out(out: Path, force: bool) -> None:
     Raises:
         UsageError: it is a file, not empty (without `force`), or cannot be written.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a new or empty directory")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise UsageError(f"--out {out} is not empty; name another directory, or move it aside with --force")
-    existing = next(path for path in [out, *out.absolute().parents] if path.exists())
+    try:
+        _refuse_unusable(out, force)
+        existing = next(path for path in [out, *out.absolute().parents] if path.exists())
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be used: {error.strerror}; name another directory") from error
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
         raise UsageError(f"--out {out} cannot be written ({existing} is not a writable directory); name another one")
 
 
-def open_out(out: Path) -> None:
-    """Create the directory; what an earlier run left there is moved aside, not deleted.
+def open_out(out: Path, force: bool) -> None:
+    """Create the directory; what an earlier run left there is moved aside with `force`, and never deleted.
 
     Raises:
-        UsageError: the system refuses.
+        UsageError: it has been filled meanwhile (without `force`), or the system refuses.
     """
     try:
+        _refuse_unusable(out, force)
         if out.is_dir() and any(out.iterdir()):
             out.rename(_free_name(out))
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be used: {error.strerror}; name another directory") from error
+
+
+def _refuse_unusable(out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a new or empty directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
+        raise UsageError(f"--out {out} is not empty; name another directory, or move it aside with --force")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(f"--out {out} is where you are and cannot be moved aside; name another directory")
 
 
 def _free_name(out: Path) -> Path:

@@ -68,9 +68,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         equivalents=decision.equivalents,
         metrics=_winner_metrics(run, decision.winner),
         notes=_notes(header, run),
-        candidates=tuple(
-            _result(run, entry, decision) for entry in run.candidates if run.alias_of(entry.candidate.id) is None
-        ),
+        candidates=tuple(_result(run, entry, decision) for entry in run.candidates),
         journal=journal,
     )
 
@@ -123,20 +121,27 @@ def _samples(run: Run, cell: Cell) -> list[Sample]:
 def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateResult:
     candidate = entry.candidate
     failed = run.failures.get(candidate.id)
+    original = run.alias_of(candidate.id)
     return CandidateResult(
         id=candidate.id,
         label=candidate.label,
         settings=candidate.settings,
         state=_state(run, entry),
-        reason=None if failed else scoring.ineligible_reason(run, candidate.id),
+        reason=_reason(run, candidate.id, original) if failed is None else None,
         failure=failed.failure if failed else None,
         aliases=tuple(
             other.candidate.id for other in run.candidates if run.alias_of(other.candidate.id) == candidate.id
         ),
         fidelity={"lossy": candidate.lossy},
-        score=decision.scores.get(candidate.id),
+        score=decision.scores.get(original or candidate.id),
         scenarios=tuple(_scenario_results(run, candidate.id)),
     )
+
+
+def _reason(run: Run, candidate_id: str, original: str | None) -> str | None:
+    if original is not None:
+        return f"runs the very same thing as {_choice(run, original).label}, whose figures these are"
+    return scoring.ineligible_reason(run, candidate_id)
 
 
 def _state(run: Run, entry: CandidateEntry) -> State:

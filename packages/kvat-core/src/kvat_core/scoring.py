@@ -64,7 +64,7 @@ def utility(run: Run, candidate_id: str) -> Utility:
     total = sum(shares.values())
     ttft = _log_metric(run, candidate_id, metrics.ttft_s, rounds)
     decode = _log_metric(run, candidate_id, metrics.decode_tps, rounds)
-    unsteady = _log_metric(run, candidate_id, lambda sample: metrics.jitter(sample) or 1.0, rounds)
+    unsteady = _log_jitter(run, candidate_id, rounds)
     memory = memory_log(run, candidate_id)
     score = {
         number: (
@@ -90,6 +90,13 @@ def _log_metric(run: Run, candidate_id: str, metric: Callable[[Sample], float], 
     }
 
 
+def _log_jitter(run: Run, candidate_id: str, rounds: list[int]) -> dict[int, float]:
+    """As `_log_metric`; 0 for all where the gaps of any sample are unknown, so that nobody gains by not telling."""
+    if any(metrics.jitter(sample) is None for sample in run.samples):
+        return dict.fromkeys(rounds, 0.0)
+    return _log_metric(run, candidate_id, lambda sample: metrics.jitter(sample) or 1.0, rounds)
+
+
 def own_resources(run: Run, candidate_id: str) -> Resources | None:
     """Peaks of the candidate in a process of its own, where that was measured."""
     memory = run.own_memory
@@ -106,12 +113,17 @@ def memory_binds(run: Run) -> bool:
 
 
 def memory_log(run: Run, candidate_id: str) -> float:
-    """Log of the binding memory's peak in bytes; 0 for all where memory is plentiful or unknown."""
+    """Log of the binding memory's peak in bytes; 0 for all where memory is plentiful, or unknown for any of them."""
     if not memory_binds(run):
         return 0.0
+    peaks = {name: _peak(run, name) for name in run.live if complete_rounds(run, name)}
+    own = peaks.get(candidate_id)
+    return math.log(own) if own is not None and None not in peaks.values() else 0.0
+
+
+def _peak(run: Run, candidate_id: str) -> int | None:
     resources = own_resources(run, candidate_id)
-    peak = resources and (resources.peak_device_bytes or resources.peak_host_bytes)
-    return math.log(peak) if peak else 0.0
+    return None if resources is None else resources.peak_device_bytes or resources.peak_host_bytes
 
 
 def _share_used(run: Run, resources: Resources) -> float:

@@ -35,12 +35,8 @@ def enumerate_candidates(
     for name, value in [*pinned.items(), *excluded, *incumbent.items()]:
         _known(by_name, name, value)
     today = _normal(by_name, {knob.name: knob.default for knob in knobs} | {**incumbent, **pinned})
-    lost = next((name for name, value in pinned.items() if today[name] != value), None)
-    if lost is not None:
-        needs = " and ".join(f"{other} in {'/'.join(values)}" for other, values in by_name[lost].when.items())
-        raise UsageError(
-            f"--set {lost}={pinned[lost]} has no effect on the incumbent: it needs {needs}; --set that too"
-        )
+    for option, wanted in (("--set", pinned), ("--incumbent", incumbent)):
+        _not_lost(by_name, option, wanted, today)
     reason = _impossible(by_name, today) or check(today)
     if reason is not None:
         raise UsageError(
@@ -60,6 +56,18 @@ def _known(by_name: Mapping[str, Knob], name: str, value: str) -> None:
     if by_name[name].value(value) is None:
         values = ", ".join(one.name for one in by_name[name].values)
         raise UsageError(f"unknown value {value!r} of {name}; it can be {values}")
+
+
+def _not_lost(by_name: Mapping[str, Knob], option: str, wanted: Mapping[str, str], today: Settings) -> None:
+    """Refuse a value that was asked for and that the incumbent does not have."""
+    lost = next((name for name, value in wanted.items() if today[name] != value), None)
+    if lost is None:
+        return
+    when = by_name[lost].when
+    if all(today[other] in values for other, values in when.items()):
+        raise UsageError(f"{option} {lost}={wanted[lost]} contradicts --set {lost}={today[lost]}; leave one out")
+    needs = " and ".join(f"{other} in {'/'.join(values)}" for other, values in when.items())
+    raise UsageError(f"{option} {lost}={wanted[lost]} has no effect on the incumbent: it needs {needs}; set that too")
 
 
 def _combinations(

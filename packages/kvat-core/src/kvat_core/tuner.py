@@ -153,11 +153,13 @@ def tune(
     )
     if request.profile is None:
         notes = (*notes, DEFAULT_PROFILE_NOTE)
+    # What was described is what is loaded, however the hub changes meanwhile.
+    model = model.model_copy(update={"revision": shape.revision or request.revision, "allow_download": False})
     target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
 
-    outputs.open_out(out)
+    outputs.open_out(out, request.force)
     run = Run(header)
     with Journal(out / outputs.JOURNAL) as journal:
         display = _Display(run, on_progress, started)
@@ -282,7 +284,8 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
     run = Run.from_events(read_journal(path))
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
     plan = make_plan(run, ref)
-    files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n", **snippet(plan)})]
+    files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
+    files += outputs.write_files(out, snippet(plan))
     reports, warnings = discovery.reports()
     for report in reports:
         try:

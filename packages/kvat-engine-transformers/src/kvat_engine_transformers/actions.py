@@ -33,6 +33,12 @@ def slots(recipe: Recipe) -> int | None:
     return cast("int | None", recipe.arguments.get("max_cache_len"))
 
 
+def threads(recipe: Recipe) -> int | None:
+    """CPU threads that the recipe asks for; None leaves torch its own number."""
+    extra = cast("Mapping[str, Any]", recipe.load["extra"])
+    return cast("int | None", extra["threads"])
+
+
 def grad_mode(recipe: Recipe) -> str:
     """Without a context of the recipe's own it is what `generate` itself enters."""
     modes = [call.name.removeprefix("torch.") for call in recipe.context if call.name == "torch.inference_mode"]

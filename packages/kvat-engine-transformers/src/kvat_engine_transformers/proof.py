@@ -200,6 +200,7 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
         ("device", [load["device"]], list(seen.devices)),
         ("cache device", [load["device"]], list(_names(layer.device for layer in layers))),
         ("compile", actions.compile_mode(recipe), seen.compile),
+        ("threads", actions.threads(recipe) or seen.threads, seen.threads),
     ]
     found = [f"{what}: the recipe says {wanted}, it is {actual}" for what, wanted, actual in pairs if wanted != actual]
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pprint
 from collections.abc import Iterable, Mapping
 
@@ -117,7 +118,7 @@ def render(plan: Plan) -> str:
     path = plan.model.id.rpartition(":")[2]
     local = path.startswith("./")
     return _TEMPLATE.format(
-        title=f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}.",
+        title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}."),
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
         sys_import="import sys\n" if local else "",
@@ -133,6 +134,11 @@ def render(plan: Plan) -> str:
         warmup=1 + (plan.profile.warmup or shown.warmup),
         samples=plan.profile.samples,
     )
+
+
+def _prose(text: str) -> str:
+    """A name from outside as one line of a docstring."""
+    return " ".join(text.replace("\\", "/").replace('"', "'").split())
 
 
 def _scenarios(scenarios: Iterable[Scenario]) -> str:
@@ -162,22 +168,22 @@ def _imports(model_id: str, shown: Recipe) -> list[str]:
 
 def _model_constant(model_id: str, local: bool) -> str:
     if local:
-        return f'\nMODEL = sys.argv[1] if len(sys.argv) > 1 else "{model_id}"'
-    return f'\nMODEL = "{model_id}"' if not model_id.startswith((BUILTIN, RANDOM)) else ""
+        return f"\nMODEL = sys.argv[1] if len(sys.argv) > 1 else {json.dumps(model_id)}"
+    return f"\nMODEL = {json.dumps(model_id)}" if not model_id.startswith((BUILTIN, RANDOM)) else ""
 
 
 def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     dtype, device = f"torch.{shown.load['dtype']}", f'"{shown.load["device"]}"'
     attention = f'"{shown.load["attn_backend"]}"'
     name = model.id.rpartition(":")[2]
-    named = "MODEL" if local else f'"{name}"'
+    named = "MODEL" if local else json.dumps(name)
     if model.id.startswith(RANDOM):
-        options = f"dtype={dtype}, device={device}, attention={attention}"
-        return [f"    return build_random_model(random_path({named}), {options})"]
+        how = f"dtype={dtype}, device={device}, attention={attention}"
+        return [f"    return build_random_model(random_path({named}), {how})"]
     where = f"builtin_path({named})" if model.id.startswith(BUILTIN) else "MODEL"
     options = [where, f"dtype={dtype}", f"attn_implementation={attention}"]
     if model.revision is not None:
-        options.append(f'revision="{model.revision}"')
+        options.append(f"revision={json.dumps(model.revision)}")
     options += ["local_files_only=True", "use_safetensors=True"]
     return [
         "    model = AutoModelForCausalLM.from_pretrained(",

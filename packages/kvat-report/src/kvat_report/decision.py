@@ -57,7 +57,7 @@ def _tie(plan: Plan, show: Show) -> str:
     least = numbers.percent(least_difference(plan))
     return (
         f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
-        f"and differences under {least} are not real on this machine."
+        f"and differences under {least} are not claimed on this machine."
     )
 
 

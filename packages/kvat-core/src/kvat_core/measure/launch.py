@@ -6,9 +6,12 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from kvat_core import metrics
+from kvat_core.errors import UsageError
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.messages import PromptSpec
 from kvat_core.measure.redaction import anonymous
@@ -27,11 +30,14 @@ from kvat_core.schema import (
     PromptSource,
     Proof,
     Recipe,
+    Record,
     Resources,
     Sample,
     Scenario,
     Timeline,
 )
+
+_Answer = TypeVar("_Answer", bound=Record)
 
 OpenWorker = Callable[[Mapping[str, str]], Client]
 """Starts a worker with these additional environment variables."""
@@ -86,18 +92,19 @@ class _Launch:
             with self._bench.open_worker(self._load.environment) as self._client:
                 if self._load_model():
                     self._measure()
-        except _LaunchOver:
+        except (_LaunchOver, WorkerFailed):
+            # Either it is recorded, or it befell what no cell depends on: memory, and the end of the worker.
             return
 
     def _load_model(self) -> bool:
         deadlines = self._bench.deadlines
         try:
             self._bench.announce("starting a worker")
-            start_s, _ = self._timed(
+            start_s, _ = self._ask(
                 "start", {"engine": self._header.engine, "adapter": True}, "start", deadlines.start_s
             )
             self._bench.announce("loading the model")
-            load_s, _ = self._timed("load", dict(self._load.load), "load", deadlines.load_s)
+            load_s, _ = self._ask("load", dict(self._load.load), "load", deadlines.load_s)
         except WorkerFailed as failed:
             for cell in self._order.cells:
                 self._fail(cell, failed.failure)
@@ -117,7 +124,7 @@ class _Launch:
                 if self._bench.run.original(cell) == cell:
                     self._guarded(cell, self._time)
         self._read_resources()
-        self._timed("cleanup", {}, "cleanup", self._bench.deadlines.other_s)
+        self._ask("cleanup", {}, "cleanup", self._bench.deadlines.other_s)
 
     def _guarded(self, cell: Cell, step: Callable[[Cell], None]) -> None:
         """Run one step of a cell; its failure is recorded, and ends the launch unless the worker is sound."""
@@ -134,9 +141,9 @@ class _Launch:
         self._prepare(cell)
         self._bench.announce(f"proving {self._label(cell)}")
         spec = self._prompt(cell, index=-1)
-        seconds, value = self._timed("prove", spec, "prove", self._bench.deadlines.first_call_s)
+        seconds, value = self._ask("prove", spec, "prove", self._bench.deadlines.first_call_s)
         self.generate_s += seconds
-        applied = Applied.model_validate(value)
+        applied = _validated(Applied, value, "prove")
         if applied.mismatches:
             reason = "; ".join(applied.mismatches)
             raise WorkerFailed(Failure(kind="not_applied", phase="prove", reason=reason), alive=True)
@@ -172,24 +179,20 @@ class _Launch:
             self._decode(cell, index, phase="memory")
 
     def _read_resources(self) -> None:
-        other_s = self._bench.deadlines.other_s
-        try:
-            _, value = self._timed("resources", {}, "resources", other_s)
-        except WorkerFailed as failed:
-            raise _LaunchOver from failed
-        resources = Resources.model_validate(value)
+        _, value = self._ask("resources", {}, "resources", self._bench.deadlines.other_s)
+        resources = _validated(Resources, value, "resources")
         self._bench.record(Measured(launch=self._order.launch, cells=self._order.cells, resources=resources))
 
     def _prepare(self, cell: Cell) -> Recipe:
         recipe = self._bench.recipes[cell]
-        self._timed("prepare", recipe.model_dump(mode="json"), "prepare", self._bench.deadlines.load_s)
+        self._ask("prepare", recipe.model_dump(mode="json"), "prepare", self._bench.deadlines.load_s)
         return recipe
 
     def _decode(self, cell: Cell, index: int, phase: str) -> Timeline:
         scenario = self._scenario(cell)
         arguments = {"prompt": self._prompt(cell, index), "max_new_tokens": scenario.output_tokens}
-        _, value = self._timed("decode", arguments, phase, self._bench.deadlines.call_s)
-        timeline = Timeline.model_validate(value)
+        _, value = self._ask("decode", arguments, phase, self._bench.deadlines.call_s)
+        timeline = _validated(Timeline, value, phase)
         reason = metrics.invalid_reason(timeline, scenario)
         if reason is not None:
             raise WorkerFailed(Failure(kind="invalid_output", phase=phase, reason=reason), alive=True)
@@ -206,9 +209,14 @@ class _Launch:
         )
         return spec.model_dump(mode="json")
 
-    def _timed(self, operation: Any, arguments: dict[str, Any], phase: str, timeout_s: float) -> tuple[float, Any]:
+    def _ask(self, operation: Any, arguments: dict[str, Any], phase: str, timeout_s: float) -> tuple[float, Any]:
+        """Seconds that an operation took, and its value; unusable input found this late is a failure like any other."""
         started = time.perf_counter()
-        value = self._client.call(operation, arguments, phase, timeout_s)
+        try:
+            value = self._client.call(operation, arguments, phase, timeout_s)
+        except UsageError as error:
+            failure = Failure(kind="unsupported", phase=phase, reason=str(error))
+            raise WorkerFailed(failure, alive=True) from error
         return time.perf_counter() - started, value
 
     def _fail(self, cell: Cell, failure: Failure) -> None:
@@ -228,6 +236,15 @@ class _Launch:
     def _label(self, cell: Cell) -> str:
         label = next(e.candidate.label for e in self._bench.run.candidates if e.candidate.id == cell.candidate)
         return f"{label} at {cell.scenario}"
+
+
+def _validated(kind: type[_Answer], value: Any, phase: str) -> _Answer:
+    """The answer of an adapter as what it should be; anything else is a failure of the cell, not of kvat."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        failure = Failure(kind="invalid_output", phase=phase, reason=f"the adapter's answer is no {kind.__name__}")
+        raise WorkerFailed(failure, alive=True) from error
 
 
 class _LaunchOver(Exception):

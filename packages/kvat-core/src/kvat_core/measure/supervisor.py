@@ -107,8 +107,7 @@ class WorkerProcess:
             reply = messages.decode_reply(self._read(length, deadline))
         except TimeoutError:
             self._kill()
-            failure = Failure(kind="timeout", phase=phase, reason=f"no answer in {timeout_s:g} s")
-            raise self._with_stderr(failure, alive=False) from None
+            raise self._with_stderr(self._overdue(phase, timeout_s), alive=False) from None
         except (EOFError, BrokenPipeError):
             raise self._with_stderr(self._end_of_process(phase), alive=False) from None
         except BadMessage as error:
@@ -137,6 +136,12 @@ class WorkerProcess:
     def _with_stderr(self, failure: Failure, alive: bool) -> WorkerFailed:
         return WorkerFailed(failure.model_copy(update={"stderr_tail": self._stderr.text()}), alive)
 
+    def _overdue(self, phase: str, timeout_s: float) -> Failure:
+        reason = f"no answer in {timeout_s:g} s"
+        if self._process.poll() is not None:
+            return Failure(kind="timeout", phase=phase, reason=reason)
+        return Failure(kind="unkillable", phase=phase, reason=f"{reason}, and it cannot be killed")
+
     def _end_of_process(self, phase: str) -> Failure:
         """Why the pipe is closed."""
         try:
@@ -160,7 +165,6 @@ class WorkerProcess:
                 self._process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 continue
-        self._process.wait(GRACE_S)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,9 @@ moved away, so that whatever the engine prints lands on stderr and whatever it r
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from pathlib import PurePath
@@ -106,8 +108,16 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
         sink.flush()
 
 
+def _die_with_the_parent() -> None:
+    """On Linux; elsewhere a worker whose parent was killed ends when it next waits for a request."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     """Entry point of the child process."""
+    _die_with_the_parent()
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -35,10 +35,17 @@ def load_profile(name_or_path: str) -> Profile:
     if name_or_path in presets():
         return presets()[name_or_path]
     path = Path(name_or_path)
-    if path.suffix != ".json" and not path.is_file():
+    if path.suffix != ".json" and not _is_file(path):
         known = ", ".join(presets())
         raise UsageError(f"unknown profile {name_or_path!r}; use one of {known}, or a JSON file (kvat schema profile)")
     return _from_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no name that a file can have
+        return False
 
 
 def _from_file(path: Path) -> Profile:

@@ -15,13 +15,20 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(entry.name[:-4] for entry in folder.iterdir() if entry.name.endswith(".txt")))
 
 
+MAX_BYTES = 4 * 2**20
+"""A longer text is refused: it travels to the worker with every call."""
+
+
 def resolve(source: PromptSource) -> PromptSource:
     """The source with its text in `value`, whatever its kind.
 
     Raises:
-        UsageError: unknown sample, unreadable file, or no text.
+        UsageError: unknown sample, unreadable file, no text, or too much of it.
     """
-    return source.model_copy(update={"value": _text(source)})
+    text = _text(source)
+    if len(text.encode()) > MAX_BYTES:
+        raise UsageError(f"the profile's prompt is longer than {MAX_BYTES // 2**20} MiB; give a shorter text")
+    return source.model_copy(update={"value": text})
 
 
 def _text(source: PromptSource) -> str:

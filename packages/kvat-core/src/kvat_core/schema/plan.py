@@ -66,7 +66,7 @@ class CandidateResult(Record):
     label: str
     settings: dict[str, str]
     state: State
-    reason: str | None = Field(default=None, description="why it is excluded, not reached or not eligible")
+    reason: str | None = Field(default=None, description="why it is excluded, not reached, not eligible, or an alias")
     failure: Failure | None = None
     aliases: tuple[str, ...] = Field(default=(), description="candidates that turned out to run the very same thing")
     fidelity: dict[str, JsonValue] = Field(default_factory=dict)
