@@ -75,7 +75,11 @@ def test_bad_input_in_a_process_of_its_own(kvat_process: Run) -> None:
             70,
             "kvat: error: internal error (ZeroDivisionError); repeat with --debug for the traceback\n",
         ),
-        (KeyboardInterrupt(), 130, "kvat: interrupted; what was measured is in the journal of --out, no plan was written\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "kvat: interrupted; the journal of --out keeps what was measured, there is no plan\n",
+        ),
     ],
 )
 def test_what_escapes_becomes_one_line(
