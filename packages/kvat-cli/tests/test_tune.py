@@ -92,6 +92,7 @@ def test_a_run_prints_launches_decision_settings_files_and_times(kvat: Run, tmp_
     assert "(today: dynamic)" in summary
     for name in FILES:
         assert f"\n  {tmp_path / 'run' / name}\n" in summary
+    assert f"\n  kvat apply --plan {tmp_path / 'run' / 'best_plan.json'} --write FILE " in summary
     assert summary.splitlines()[-1].startswith("Took ")
 
 
@@ -163,7 +164,15 @@ def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:
         os.close(follower)
         shown = _read_all(leader)
     assert process.returncode == 0
-    for text in ("candidate", "TTFT", "cache=static", "launches: 0 done", "tok/s", "Better: switch to"):
+    for text in (
+        "looking at the machine",
+        "candidate",
+        "TTFT",
+        "cache=static",
+        "launches: 0 done",
+        "tok/s",
+        "Better: switch to",
+    ):
         assert text in shown
     assert "launch 0 for" not in shown
 

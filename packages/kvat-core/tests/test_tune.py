@@ -237,6 +237,8 @@ def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:
     assert left[-1] <= 1
     assert any(progress.activity.startswith("timing ") for progress in seen)
     assert seen[-1].left_s is not None
+    assert (seen[0].run, seen[0].activity) == (None, "looking at the machine and the model")
+    assert all(progress.run is seen[-1].run is not None for progress in seen[1:])
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,7 @@ def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:
     [
         ({"engine": "none"}, "no engine is called 'none'"),
         ({"model": "fake:none"}, "has no model"),
+        ({"model": "fake:tiny", "revision": "main"}, "fake:tiny has no revisions; leave --revision out"),
         ({"model": "fake:tiny", "device": "cuda"}, "has no device 'cuda'"),
         ({"model": "fake:tiny", "profile": "none"}, "unknown profile"),
         ({"model": "fake:tiny", "contexts": (4096,)}, "exceed the model's 4096"),

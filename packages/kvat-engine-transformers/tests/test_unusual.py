@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel
 
-from kvat_core import metrics
-from kvat_core.engine import EngineError
+from kvat_core import Profile, TuneRequest, metrics, tune
+from kvat_core.engine import SpaceRequest
 from kvat_core.errors import UsageError
-from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario
+from kvat_core.schema import ModelRef, Objective, PromptSource, Recipe, Scenario
 from kvat_engine_transformers import TransformersAdapter, TransformersEngine
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
@@ -49,17 +49,27 @@ def test_layers_that_keep_a_state_are_proven_beside_those_with_keys(
     assert metrics.invalid_reason(adapter.run_decode(prompt, 6), SCENARIO) is None
 
 
-def test_an_architecture_without_sdpa_says_what_to_do(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Older versions of transformers still load it with SDPA.
+def test_what_runs_today_without_sdpa_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Older versions of transformers load it with SDPA.
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", False)
-    model_id = saved(tmp_path, "gemma2", sliding_window=32)
-    with pytest.raises(EngineError, match="--set attention=eager") as caught:
-        prepared(model_id, SCENARIO, attention="sdpa")
-    assert caught.value.kind == "unsupported"
-    adapter, _ = prepared(model_id, SCENARIO, attention="eager")
-    assert adapter.applied(adapter.make_prompt(TEXT, 48, 1, 1)).mismatches == ()
+    engine = TransformersEngine()
+    shape = engine.describe(ModelRef(id=saved(tmp_path, "gemma2", sliding_window=32)), "cpu")
+    knobs = engine.space(shape, engine.probe("cpu"), SpaceRequest(space="safe"))
+    attention = next(knob for knob in knobs if knob.name == "attention")
+    assert attention.default == "eager"
+    assert [value.name for value in attention.values if value.unavailable is None] == ["eager"]
+    refused = attention.value("sdpa_math")
+    assert refused is not None
+    assert refused.unavailable == "Transformers has no SDPA for the architecture gemma2"
+
+
+def test_an_eager_only_architecture_is_tuned_as_it_is(tmp_path: Path) -> None:
+    profile = Profile(name="quick", scenarios=(SCENARIO,), objective=Objective(ttft=1, decode=1), launches=2, samples=1)
+    model_id = saved(tmp_path / "model", "gpt_oss", num_local_experts=2, num_experts_per_tok=1, sliding_window=32)
+    plan = tune(TuneRequest(model=model_id, out=tmp_path / "out", profile=profile, threads=1)).plan
+    assert plan.incumbent.settings["attention"] == "eager"
+    assert plan.incumbent.label == "default"
+    assert {c.label for c in plan.candidates if c.state == "ok"} == {"default", "cache=static"}
 
 
 def test_a_model_without_attention_has_nothing_to_tune(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from textwrap import indent
 from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
+from kvat_core.outputs import PLAN
 from kvat_report import decision, numbers, one_line
 
 if TYPE_CHECKING:
@@ -16,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def print_summary(result: TuneResult) -> None:
-    """Decision, figures, settings, files and time."""
+    """Decision, figures, settings, files, next steps and time."""
     plan = result.plan
     print(decision(plan))
     if plan.ratio is not None and plan.winner.id != plan.incumbent.id:
         _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
     _print_block("Settings:", _settings(plan))
     _print_block("Files:", [(str(path),) for path in result.files])
+    _print_block("Next:", _next(result))
     print("\n" + _times(result))
 
 
@@ -50,6 +53,15 @@ def _settings(plan: Plan) -> list[tuple[str, str]]:
     return [
         (knob, value if today.get(knob) == value else f"{value} (today: {today.get(knob, numbers.NOTHING)})")
         for knob, value in plan.winner.settings.items()
+    ]
+
+
+def _next(result: TuneResult) -> list[tuple[str, str]]:
+    """What is usually done with a plan, ready to be pasted."""
+    snippet, plan = (shlex.quote(str(result.out / name)) for name in ("snippet.py", PLAN))
+    return [
+        (f"python {snippet}", "measure the winner again"),
+        (f"kvat apply --plan {plan} --write FILE", "write the code that runs it"),
     ]
 
 

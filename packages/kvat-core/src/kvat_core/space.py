@@ -29,11 +29,13 @@ def enumerate_candidates(
         check: the engine's reason why a combination is impossible, or None.
 
     Raises:
-        UsageError: an unknown knob or value, or an incumbent that is itself impossible.
+        UsageError: an unknown knob or value, an incumbent that is itself impossible, or exclusions that leave
+            nothing to compare it with.
     """
     by_name = {knob.name: knob for knob in knobs}
     for name, value in [*pinned.items(), *excluded, *incumbent.items()]:
         _known(by_name, name, value)
+    _not_contradictory(pinned, excluded)
     today = _normal(by_name, {knob.name: knob.default for knob in knobs} | {**incumbent, **pinned})
     for option, wanted in (("--set", pinned), ("--incumbent", incumbent)):
         _not_lost(by_name, option, wanted, today)
@@ -47,6 +49,7 @@ def enumerate_candidates(
         exclusion = _impossible(by_name, settings) or _by_user(settings, excluded) or check(settings)
         entry = CandidateEntry(candidate=_candidate(by_name, settings, today), exclusion=exclusion)
         entries.setdefault(entry.candidate.id, entry)
+    _some_left([entry for entry in entries.values() if not entry.incumbent], excluded)
     return list(entries.values())
 
 
@@ -68,6 +71,23 @@ def _not_lost(by_name: Mapping[str, Knob], option: str, wanted: Mapping[str, str
         raise UsageError(f"{option} {lost}={wanted[lost]} contradicts --set {lost}={today[lost]}; leave one out")
     needs = " and ".join(f"{other} in {'/'.join(values)}" for other, values in when.items())
     raise UsageError(f"{option} {lost}={wanted[lost]} has no effect on the incumbent: it needs {needs}; set that too")
+
+
+def _not_contradictory(pinned: Mapping[str, str], excluded: Sequence[tuple[str, str]]) -> None:
+    both = next((f"{name}={value}" for name, value in excluded if pinned.get(name) == value), None)
+    if both is not None:
+        raise UsageError(f"--exclude {both} contradicts --set {both}; leave one out")
+
+
+def _some_left(challengers: Sequence[CandidateEntry], excluded: Sequence[tuple[str, str]]) -> None:
+    """Refuse a run that could not end in anything but "keep what you run", because the user excluded all else."""
+    takes_part = any(_by_user(entry.candidate.settings, excluded) for entry in challengers)
+    if takes_part and all(entry.exclusion is not None for entry in challengers):
+        named = " ".join(f"--exclude {name}={value}" for name, value in excluded)
+        raise UsageError(
+            f"no candidate is left beside what runs today: {named} takes out all others that can run here; "
+            "exclude less, or widen --space"
+        )
 
 
 def _combinations(

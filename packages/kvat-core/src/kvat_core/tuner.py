@@ -82,7 +82,8 @@ class TuneRequest:
 class Progress:
     """A moment of a run, for a display."""
 
-    run: Run
+    run: Run | None
+    """None until machine and model have been looked at."""
     activity: str
     launches_done: int
     launches_left: int
@@ -141,6 +142,8 @@ def tune(
     source = prompts.resolve(profile.prompt)
     out = request.out or _default_out(model.id, profile.name)
     outputs.check_out(out, request.force)
+    display = _Display(on_progress, started)
+    display.announce("looking at the machine and the model")
     probing = time.perf_counter()
     probe, shape = _ask_child(engine, model, request.device, open_worker, limits)
     probe_s = time.perf_counter() - probing
@@ -153,16 +156,18 @@ def tune(
     )
     if request.profile is None:
         notes = (*notes, DEFAULT_PROFILE_NOTE)
+    if request.revision is not None and shape.revision is None:
+        raise UsageError(f"{model.id} has no revisions; leave --revision out")
     # What was described is what is loaded, however the hub changes meanwhile.
-    model = model.model_copy(update={"revision": shape.revision or request.revision, "allow_download": False})
+    model = model.model_copy(update={"revision": shape.revision, "allow_download": False})
     target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
 
     outputs.open_out(out, request.force)
     run = Run(header)
+    display.run = run
     with Journal(out / outputs.JOURNAL) as journal:
-        display = _Display(run, on_progress, started)
 
         def record(event: Event) -> None:
             journal.append(event)
@@ -308,11 +313,11 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
 class _Display:
     """Turns what happens into `Progress`."""
 
-    def __init__(self, run: Run, on_progress: OnProgress | None, started: float) -> None:
-        self._run = run
+    def __init__(self, on_progress: OnProgress | None, started: float) -> None:
         self._on_progress = on_progress
         self._started = started
         self._activity = "starting"
+        self.run: Run | None = None
         self.launches_left = 0
 
     def announce(self, activity: str) -> None:
@@ -322,13 +327,13 @@ class _Display:
     def show(self) -> None:
         if self._on_progress is None:
             return
-        done = len(self._run.ended)
-        mean_s = sum(end.wall_s for end in self._run.ended) / done if done else None
+        ended = [] if self.run is None else self.run.ended
+        mean_s = sum(end.wall_s for end in ended) / len(ended) if ended else None
         self._on_progress(
             Progress(
-                run=self._run,
+                run=self.run,
                 activity=self._activity,
-                launches_done=done,
+                launches_done=len(ended),
                 launches_left=self.launches_left,
                 elapsed_s=time.perf_counter() - self._started,
                 left_s=None if mean_s is None else mean_s * self.launches_left,

@@ -16,7 +16,7 @@ def translated() -> Iterator[None]:
 
     Raises:
         EngineError: out of memory, a kernel that cannot serve this call, a missing compiler,
-            a device that is broken for the rest of the process, or an architecture without SDPA.
+            or a device that is broken for the rest of the process.
     """
     try:
         yield
@@ -24,11 +24,6 @@ def translated() -> Iterator[None]:
         raise EngineError("oom_device", "the device ran out of memory") from error
     except torch.AcceleratorError as error:
         raise EngineError("device_error", "the device reported an error that only a new process can clear") from error
-    except ValueError as error:
-        # Transformers does not load an architecture with an attention that it lacks.
-        if "torch.nn.functional.scaled_dot_product_attention" not in str(error):
-            raise
-        raise EngineError("unsupported", "this architecture has no SDPA; tune it with --set attention=eager") from error
     except RuntimeError as error:
         known = _known(error)
         if known is None:

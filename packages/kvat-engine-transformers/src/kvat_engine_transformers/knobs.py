@@ -22,7 +22,7 @@ _HALF_ONLY = ("sdpa_flash", "sdpa_cudnn")
 
 def space(shape: ModelShape, probe: Probe) -> tuple[Knob, ...]:
     """All knobs with all values, each unavailable one with its reason."""
-    return (_dtype(shape, probe), _attention(probe), _cache(), _compile(probe), _grad_mode())
+    return (_dtype(shape, probe), _attention(shape, probe), _cache(), _compile(probe), _grad_mode())
 
 
 def check(settings: Mapping[str, str], probe: Probe) -> str | None:
@@ -59,17 +59,24 @@ def _dtype(shape: ModelShape, probe: Probe) -> Knob:
     return Knob(name="dtype", values=tuple(value(name) for name in DTYPES), default=stored)
 
 
-def _attention(probe: Probe) -> Knob:
+def _attention(shape: ModelShape, probe: Probe) -> Knob:
+    """What Transformers takes by itself is the default: SDPA, or eager for the architectures that have no SDPA."""
     kind = _kind(probe)
-    unavailable = _unavailable_kernels(probe)
+    without_sdpa = shape.facts.get("sdpa")
+    unavailable = dict.fromkeys(("sdpa", *KERNELS), str(without_sdpa)) if without_sdpa else _unavailable_kernels(probe)
+    default = "eager" if without_sdpa else "sdpa"
 
     def value(name: str, simplicity: int) -> KnobValue:
         # On the CPU, flash is what SDPA chooses by itself: a candidate that is most often an alias.
         where: Space = "default" if (name, kind) == ("sdpa_flash", "cpu") else "safe"
-        return KnobValue(name=name, space=where, simplicity=simplicity, unavailable=unavailable.get(name))
+        rank = 0 if name == default else simplicity
+        return KnobValue(name=name, space=where, simplicity=rank, unavailable=unavailable.get(name))
 
-    forced = tuple(value(name, 2) for name in KERNELS)
-    return Knob(name="attention", values=(value("sdpa", 0), value("eager", 1), *forced), default="sdpa")
+    return Knob(
+        name="attention",
+        values=(value("sdpa", 1), value("eager", 1), *(value(name, 2) for name in KERNELS)),
+        default=default,
+    )
 
 
 def _unavailable_kernels(probe: Probe) -> dict[str, str]:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvat_core.errors import UsageError
@@ -97,7 +97,8 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
     if getattr(text, "num_attention_heads", None) is None:
         raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
     dtype = _dtype(model.id, config)
-    weight_bytes = _weight_bytes(config, dtype)
+    skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
+    weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
     _require_memory(model.id, weight_bytes, device)
     latent = hasattr(text, "kv_lora_rank")
     return ModelShape(
@@ -115,6 +116,7 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != _SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
         has_tokenizer=source.kind != "random" and has_tokenizer(source.path),
+        facts={"sdpa": without_sdpa},
     )
 
 
@@ -199,10 +201,17 @@ def _dtype(model_id: str, config: PreTrainedConfig) -> str:
     return name
 
 
-def _weight_bytes(config: PreTrainedConfig, dtype: str) -> int:
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
+    """The model without memory for its weights, and why its attention cannot be SDPA, or None.
+
+    As Transformers does where nobody chooses: SDPA is tried, and eager taken where the architecture lacks it.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return sum(parameter.nbytes for parameter in model.parameters())
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), None
+        except ValueError:
+            eager = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            return eager, f"Transformers has no SDPA for the architecture {config.model_type}"
 
 
 def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:

@@ -42,8 +42,11 @@ class LiveTable:
 
 
 def _picture(progress: Progress) -> Group:
+    activity = Text(one_line(progress.activity))
+    if progress.run is None:
+        return Group(activity)
     table = Table(*_COLUMNS)
     for row in rows(progress.run):
         # Text, because a plain string would be read as markup.
         table.add_row(*(Text(one_line(cell)) for cell in astuple(row)))
-    return Group(Text(one_line(progress.activity)), Text(state(progress)), table)
+    return Group(activity, Text(state(progress)), table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from kvat_core.schema._base import Record
 
@@ -37,3 +37,6 @@ class ModelShape(Record):
     sha256: str | None = Field(default=None, description="digest of the weight files, where they are local")
     local: bool = Field(default=False, description="named by a path on this machine, which no output may show")
     has_tokenizer: bool = True
+    facts: dict[str, JsonValue] = Field(
+        default_factory=dict, description="what else the engine's `space` has to know of the model; opaque to core"
+    )
