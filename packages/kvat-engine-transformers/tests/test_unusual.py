@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel
 
 from kvat_core import Profile, TuneRequest, metrics, tune
-from kvat_core.engine import SpaceRequest
+from kvat_core.engine import EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Objective, PromptSource, Recipe, Scenario
 from kvat_engine_transformers import TransformersAdapter, TransformersEngine
@@ -70,6 +70,22 @@ def test_an_eager_only_architecture_is_tuned_as_it_is(tmp_path: Path) -> None:
     assert plan.incumbent.settings["attention"] == "eager"
     assert plan.incumbent.label == "default"
     assert {c.label for c in plan.candidates if c.state == "ok"} == {"default", "cache=static"}
+
+
+def test_a_head_size_that_differs_by_layer_is_no_prediction(tmp_path: Path) -> None:
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no architecture whose head size differs by layer")
+    shape = TransformersEngine().describe(ModelRef(id=saved(tmp_path, "gemma4_text", sliding_window=32)), "cpu")
+    assert (shape.kv_heads, shape.head_dim) == (2, None)
+
+
+def test_without_a_cache_to_read_back_nothing_is_proven(prepared: Prepared, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mpt", vocab_size=512, d_model=64, n_layers=2, n_heads=4)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    adapter, _ = prepared(str(tmp_path), SCENARIO, attention="eager")
+    with pytest.raises(EngineError, match="hands back no cache") as caught:
+        adapter.applied(adapter.make_prompt(TEXT, 48, 1, 1))
+    assert caught.value.kind == "unsupported"
 
 
 def test_a_model_without_attention_has_nothing_to_tune(tmp_path: Path) -> None:

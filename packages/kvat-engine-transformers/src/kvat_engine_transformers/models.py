@@ -94,21 +94,20 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
     if source.kind != "random":
         _require_safetensors(model.id, source.path)
     text = config.get_text_config(decoder=True)
-    if getattr(text, "num_attention_heads", None) is None:
+    if not _known(text, "num_attention_heads"):
         raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
     dtype = _dtype(model.id, config)
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
     weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
     _require_memory(model.id, weight_bytes, device)
-    latent = hasattr(text, "kv_lora_rank")
     return ModelShape(
         architecture=str(config.model_type),
         layers=text.num_hidden_layers,
         attention=_attention_kinds(text),
-        kv_heads=None if latent else getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=None if latent else _head_dim(text),
+        kv_heads=_kv_heads(text),
+        head_dim=_head_dim(text),
         sliding_window=_window(text),
-        max_context_tokens=getattr(text, "max_position_embeddings", None),
+        max_context_tokens=_longest_position(text),
         dtype=dtype,
         weight_bytes=weight_bytes,
         weights="random" if source.kind == "random" else "checkpoint",
@@ -228,7 +227,7 @@ def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
 
 def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
     layers: int = text.num_hidden_layers
-    if hasattr(text, "kv_lora_rank"):
+    if _latent(text):
         return tuple("other" for _ in range(layers))
     kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
     default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
@@ -240,8 +239,40 @@ def _window(text: PreTrainedConfig) -> int | None:
     return getattr(text, "sliding_window", None) if "sliding" in _attention_kinds(text) else None
 
 
-def _head_dim(text: PreTrainedConfig) -> int:
+def _longest_position(text: PreTrainedConfig) -> int | None:
+    """None where positions have no limit, which some configs write as a missing and some as a negative number."""
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def _kv_heads(text: PreTrainedConfig) -> int | None:
+    if (
+        _latent(text)
+        or _differs_by_layer(text, "num_key_value_heads")
+        or _differs_by_layer(text, "num_attention_heads")
+    ):
+        return None
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def _head_dim(text: PreTrainedConfig) -> int | None:
+    if _latent(text) or _differs_by_layer(text, "head_dim"):
+        return None
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _latent(text: PreTrainedConfig) -> bool:
+    """Whether keys and values are kept as a common projection, whose size heads do not tell."""
+    return hasattr(text, "kv_lora_rank")
+
+
+def _known(text: PreTrainedConfig, name: str) -> bool:
+    return _differs_by_layer(text, name) or getattr(text, name, None) is not None
+
+
+def _differs_by_layer(text: PreTrainedConfig, name: str) -> bool:
+    """Such a value cannot be read from the config as a whole: Transformers raises."""
+    return name in (getattr(text, "per_layer_attributes", None) or ())
 
 
 def _digest(path: Path) -> str:

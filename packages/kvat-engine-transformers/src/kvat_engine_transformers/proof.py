@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
 
+from kvat_core.engine import EngineError
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions
 
@@ -88,7 +89,11 @@ def compiled_graphs() -> int:
 
 
 def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str, Any]) -> Seen:
-    """Generate once under the profiler, inside the recipe's contexts, and read everything back."""
+    """Generate once under the profiler, inside the recipe's contexts, and read everything back.
+
+    Raises:
+        EngineError: the model keeps its keys and values in something else than a `Cache`, or keeps none.
+    """
     generate: Any = model.generate
     witness = _Witness()
     graphs = compiled_graphs()
@@ -98,7 +103,9 @@ def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str
         generate(**inputs, **arguments)
     with profile(activities=_activities(model.device)) as profiler:
         output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
-    cache: Cache = output.past_key_values
+    cache = output.past_key_values
+    if not isinstance(cache, Cache):
+        raise EngineError("unsupported", "this architecture hands back no cache that could prove what ran")
     return Seen(
         cache=type(cache).__name__,
         layers=tuple(_layer(layer) for layer in cache.layers),
