@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -12,7 +14,7 @@ import torch
 from kvat_core import metrics
 from kvat_core.engine import EngineError
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, actions, proof
+from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, proof
 from kvat_engine_transformers.recall import build_example, recall
 from kvat_engine_transformers.recipes import recipe
 
@@ -115,6 +117,19 @@ def test_the_end_of_a_sequence_ends_no_timed_call(prepared: Prepared, tiny_direc
     # Every token of this model is an end-of-sequence token.
     adapter, _ = prepared(str(tiny_directory), dtype="bfloat16")
     assert metrics.invalid_reason(adapter.run_decode(prompt(adapter), 6), SCENARIO) is None
+
+
+@pytest.mark.parametrize("habit", [{"do_sample": True, "temperature": 0.5}, {"num_beams": 3}, {"use_cache": False}])
+def test_a_models_own_habits_do_not_change_what_is_measured(
+    prepared: Prepared, tmp_path: Path, habit: dict[str, object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(builtin_path("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(habit))
+    adapter, _ = prepared(str(folder))
+    assert adapter.applied(prompt(adapter)).mismatches == ()
+    once, again = (adapter.generate(prompt(adapter), 6).tokens for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_a_batch_is_measured_as_one(prepared: Prepared) -> None:

@@ -28,7 +28,10 @@ def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> R
         context=_contexts(settings),
         call="generate",
         arguments={
+            # A model's own generation_config may say otherwise: greedy decoding with a cache is what is tuned.
             "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
             "max_new_tokens": scenario.output_tokens,
             **_cache_arguments(settings, scenario, target.device),
         },
