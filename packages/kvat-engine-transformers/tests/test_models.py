@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from kvat_core.engine import EngineError
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
 from kvat_engine_transformers import TransformersEngine, build_random_model, builtin_path, random_path
@@ -122,6 +124,15 @@ def test_an_incomplete_checkpoint_is_refused(write_config: WriteConfig) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="lacks 2 of 2 weight files"):
         describe(folder)
+
+
+def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(builtin_path("llama"), folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    extra = {"revision": None, "local_files_only": True, "threads": 1, "compile": "off"}
+    with pytest.raises(EngineError, match="weight files are damaged or incomplete; fetch them again"):
+        TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
 @pytest.mark.parametrize(

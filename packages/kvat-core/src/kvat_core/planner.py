@@ -46,7 +46,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     """
     decision = decide(run)
     if decision is None:
-        raise _no_winner(run)
+        raise _no_winner(run, journal.file)
     header = run.header
     return Plan(
         kvat=header.kvat,
@@ -81,7 +81,7 @@ def public_model_id(model_id: str, local: bool) -> str:
     return f"{scheme}{colon}./{PurePath(path).name}"
 
 
-def _no_winner(run: Run) -> AllFailed | NothingFeasible:
+def _no_winner(run: Run, journal: str) -> AllFailed | NothingFeasible:
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
     if measured:
         return NothingFeasible(
@@ -89,7 +89,9 @@ def _no_winner(run: Run) -> AllFailed | NothingFeasible:
         )
     kinds = sorted({failed.failure.kind for failed in run.failures.values()})
     first = next((failed.failure.reason for failed in run.failures.values()), "nothing was measured")
-    return AllFailed(f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}")
+    return AllFailed(
+        f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}; {journal} tells of each"
+    )
 
 
 def _choice(run: Run, candidate_id: str) -> Choice:

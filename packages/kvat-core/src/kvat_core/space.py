@@ -42,7 +42,8 @@ def enumerate_candidates(
     reason = _impossible(by_name, today) or check(today)
     if reason is not None:
         raise UsageError(
-            f"the incumbent ({_settings_text(today)}) cannot run here: {reason}; choose it with --incumbent"
+            f"the incumbent ({_settings_text(today)}) cannot run here: {reason}; "
+            "choose another with --incumbent or --set"
         )
     entries = {digest(today): CandidateEntry(candidate=_candidate(by_name, today, today), incumbent=True)}
     for settings in _combinations(knobs, by_name, space, pinned):

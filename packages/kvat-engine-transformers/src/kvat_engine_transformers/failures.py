@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
 from kvat_core.engine import EngineError
 
@@ -15,8 +16,8 @@ def translated() -> Iterator[None]:
     """Turn what torch raises into an `EngineError` where its meaning is known.
 
     Raises:
-        EngineError: out of memory, a kernel that cannot serve this call, a missing compiler,
-            or a device that is broken for the rest of the process.
+        EngineError: out of memory, damaged weights, a kernel that cannot serve this call, a missing
+            compiler, or a device that is broken for the rest of the process.
     """
     try:
         yield
@@ -24,6 +25,8 @@ def translated() -> Iterator[None]:
         raise EngineError("oom_device", "the device ran out of memory") from error
     except torch.AcceleratorError as error:
         raise EngineError("device_error", "the device reported an error that only a new process can clear") from error
+    except SafetensorError as error:
+        raise EngineError("error", "the weight files are damaged or incomplete; fetch them again") from error
     except RuntimeError as error:
         known = _known(error)
         if known is None:
