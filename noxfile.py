@@ -216,27 +216,22 @@ def slow(session: nox.Session) -> None:
 @nox.session(python=TORCH_PYTHON)
 @part
 def minimums(session: nox.Session) -> None:
-    """Run the tests of all packages with the lowest versions that they accept."""
+    """Run the tests of all packages with the lowest versions that they accept; that torch brings gigabytes of CUDA."""
     pins = sorted({lowest for package in PACKAGES for lowest in lowest_versions(package)})
     session.install(*group("build"))
-    session.install(*group("test", "layers"), *pins, *torch_pin(), *editable(*map(source, PACKAGES)))
+    session.install(*group("test", "layers"), *pins, *editable(*map(source, PACKAGES)))
     warn_only = ("-W", "default")  # what old versions say of new ones is not ours to mend
     suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
     session.run("pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs)
 
 
 def lowest_versions(package: str) -> Iterator[str]:
-    """The lower ends of a package's requirements as pins, siblings and torch apart."""
+    """The lower ends of a package's requirements as pins, siblings apart."""
     project = nox.project.load_toml(ROOT / source(package) / "pyproject.toml")["project"]
     for requirement in map(Requirement, project["dependencies"]):
         lower_ends = [bound.version for bound in requirement.specifier if bound.operator in {">=", "~="}]
-        if lower_ends and requirement.name not in {*PACKAGES, "torch"}:
+        if lower_ends and requirement.name not in PACKAGES:
             yield f"{requirement.name}=={lower_ends[0]}"
-
-
-def torch_pin() -> list[str]:
-    """The pinned torch, which is not lowered: the libraries bound it from below themselves."""
-    return [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
 
 
 # What is published

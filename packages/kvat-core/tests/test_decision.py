@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -60,6 +61,31 @@ def test_the_simplest_of_the_equally_fast_wins(make_run: MakeRun) -> None:
     decision = decide(make_run(paces, compiles=["compiled"]))
     assert decision is not None
     assert (decision.winner, decision.equivalents) == ("plain", ("compiled",))
+
+
+def test_the_simplest_does_not_win_for_being_measured_badly(make_run: MakeRun) -> None:
+    # Slower than "fast" in every block, by 14 to 36 %, but so unevenly that the interval of their ratio holds 1.
+    uneven = [0.3 * math.exp(behind) for behind in (0.30, 0.45, 0.15)]
+    paces = {"today": [1.0, 1.0, 1.0], "plain": uneven, "fast": [0.3, 0.3, 0.3]}
+    decision = decide(make_run(paces, compiles=["fast"]))
+    assert decision is not None
+    assert (decision.winner, decision.verdict, decision.equivalents) == ("fast", "better", ("plain",))
+
+
+def test_with_a_failed_incumbent_and_one_block_the_fastest_is_taken(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0], "slow": [2.0], "fast": [0.5]})
+    fail(run, "today")
+    decision = decide(run)
+    assert decision is not None
+    assert decision.winner == "fast"
+
+
+def test_equivalents_are_those_of_the_winner_and_not_of_the_leader(make_run: MakeRun) -> None:
+    # The leader cannot be confirmed, so today stays; what is shown worse than today is no equivalent of it.
+    paces = {"today": [1.0, 1.0, 1.0], "wild": [0.5, 1.2, 0.6], "slow": [3.0, 3.3, 3.6]}
+    decision = decide(make_run(paces))
+    assert decision is not None
+    assert (decision.winner, decision.equivalents) == ("today", ("wild",))
 
 
 def test_what_may_change_the_output_never_wins(make_run: MakeRun) -> None:

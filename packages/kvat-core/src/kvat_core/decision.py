@@ -61,6 +61,18 @@ class _Field:
         denominator = getattr(self.utilities[under], kind)
         return [numerator[number] - denominator[number] for number in sorted(numerator.keys() & denominator.keys())]
 
+    def mean(self, candidate: str, over: str) -> float:
+        """Best estimate of a candidate's log score ratio to another one."""
+        return fmean(self.log_ratios(candidate, over))
+
+    def equivalents(self, winner: str) -> tuple[str, ...]:
+        """Eligible candidates that are shown neither worse than the winner nor better."""
+        return tuple(
+            name
+            for name in self.eligible
+            if name != winner and not self.shown_worse(name, winner) and not self.shown_worse(winner, name)
+        )
+
     def shown_worse(self, candidate: str, than: str) -> bool:
         """Whether a candidate is worse for sure, and by more than ε perhaps."""
         ratio = stats.ratio(self.log_ratios(candidate, than))
@@ -81,27 +93,32 @@ def decide(run: Run) -> Decision | None:
         return None
     incumbent = run.incumbent
     reference = incumbent if incumbent in field.utilities else field.eligible[0]
-    leader = max(field.eligible, key=lambda name: fmean(field.log_ratios(name, reference)))
-    near = [name for name in field.eligible if not field.shown_worse(name, leader)]
-    winner, verdict = _choose(field, incumbent, leader, near)
+    leader = max(field.eligible, key=lambda name: field.mean(name, reference))
+    winner, verdict = _choose(field, incumbent, leader)
     return Decision(
         winner=winner,
         verdict=verdict,
-        equivalents=tuple(name for name in near if name != winner),
+        equivalents=field.equivalents(winner),
         ratios=_ratios(field, winner, incumbent) if incumbent in field.utilities else None,
         confidence=_confidence(field, winner),
         scores={name: stats.ratio(field.log_ratios(name, reference)) for name in field.utilities},
     )
 
 
-def _choose(field: _Field, incumbent: str, leader: str, near: list[str]) -> tuple[str, Verdict]:
+def _choose(field: _Field, incumbent: str, leader: str) -> tuple[str, Verdict]:
+    # As good as the leader: by the best estimate, and not only because the interval is wide.
+    near = [
+        name
+        for name in field.eligible
+        if field.mean(leader, name) <= math.log1p(field.epsilon) and not field.shown_worse(name, leader)
+    ]
     if incumbent not in field.eligible:
         return min(near, key=lambda name: _plainness(field.run, name)), "better"
+    behind = field.shown_worse(incumbent, leader)
     better = [name for name in near if field.shown_better(name, incumbent)]
-    if incumbent not in near and better:
+    if behind and better:
         return min(better, key=lambda name: _plainness(field.run, name)), "better"
-    lead = fmean(field.log_ratios(leader, incumbent))
-    apart = lead >= math.log1p(field.epsilon) or incumbent not in near
+    apart = behind or field.mean(leader, incumbent) >= math.log1p(field.epsilon)
     enough = len(field.log_ratios(leader, incumbent)) >= 2
     return incumbent, "undecided" if apart or not enough else "tie"
 
