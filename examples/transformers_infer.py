@@ -24,10 +24,10 @@ def main() -> None:
         code = _module(snippet(plan)["snippet.py"])
     except KvatError as error:
         sys.exit(f"error: {error}")
-    if plan.model.id.startswith("./"):
-        code.MODEL = _directory(plan, options.model_directory)
-    model = code.load()
-    tokenizer = _tokenizer(plan, code)
+    local = plan.model.id.removeprefix("random:").startswith("./")
+    where = [_directory(plan, options.model_directory)] if local else []
+    model = code.load(*where)
+    tokenizer = _tokenizer(plan, code, *where)
     prompt = _token_ids(options.text, tokenizer).to(model.device)
     output = code.generate(model, prompt, options.max_new_tokens)
     new_tokens = output[0, prompt.shape[1] :].tolist()
@@ -57,16 +57,17 @@ def _directory(plan: Plan, given: str | None) -> str:
     return given
 
 
-def _tokenizer(plan: Plan, code: ModuleType) -> Any:
+def _tokenizer(plan: Plan, code: ModuleType, directory: str | None = None) -> Any:
     """The model's tokenizer; None where the weights are random, since no text belongs to them."""
     from transformers import AutoTokenizer
 
-    scheme, _, name = plan.model.id.rpartition(":")
+    scheme, _, name = plan.model.id.partition(":")
     if scheme == "random":
         return None
     if scheme == "builtin":
         return AutoTokenizer.from_pretrained(code.builtin_path(name))
-    return AutoTokenizer.from_pretrained(code.MODEL, revision=plan.model.revision, local_files_only=True)
+    where = code.MODEL if directory is None else directory
+    return AutoTokenizer.from_pretrained(where, revision=plan.model.revision, local_files_only=True)
 
 
 def _token_ids(text: str, tokenizer: Any) -> Any:

@@ -90,6 +90,7 @@ def test_a_run_prints_launches_decision_settings_files_and_times(kvat: Run, tmp_
     assert all(line.startswith(f"launch {number} for ") for number, line in enumerate(launches))
     assert len(launches) == len(_records(tmp_path / "run", "launch"))
     assert "(today: dynamic)" in summary
+    assert "\nNotes:\n  the weights are random: speed and memory are representative" in summary
     for name in FILES:
         assert f"\n  {tmp_path / 'run' / name}\n" in summary
     assert f"\n  kvat apply --plan {tmp_path / 'run' / 'best_plan.json'} --write FILE " in summary

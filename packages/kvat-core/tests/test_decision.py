@@ -112,6 +112,22 @@ def test_without_a_working_incumbent_the_simplest_good_candidate_wins_without_a_
     assert (decision.winner, decision.ratios) == ("fast", None)
 
 
+@pytest.mark.parametrize(("weights", "winner"), [((9.0, 1.0), "short"), ((1.0, 9.0), "long")])
+def test_a_scenario_counts_by_its_weight(make_run: MakeRun, weights: tuple[float, float], winner: str) -> None:
+    scenarios = tuple(
+        Scenario(prompt_tokens=tokens, output_tokens=3, weight=weight)
+        for tokens, weight in zip((8, 9), weights, strict=True)
+    )
+    profile = Profile(name="two", scenarios=scenarios, objective=Objective(ttft=1), samples=1)
+    today, twice, half = [1.0, 1.01, 0.99], [0.5, 0.51, 0.49], [2.0, 2.01, 1.99]
+    run = make_run({"today": today, "short": twice, "long": half}, profile=profile)
+    for one in make_run({"today": today, "short": half, "long": twice}).samples:
+        run.add(one.model_copy(update={"scenario": scenarios[1].key}))
+    decision = decide(run)
+    assert decision is not None
+    assert (decision.winner, decision.verdict) == (winner, "better")
+
+
 def test_nothing_eligible_is_no_decision(make_run: MakeRun) -> None:
     run = make_run({"today": [1.0, 1.0, 1.0]})
     fail(run, "today")

@@ -429,7 +429,7 @@ def plan_for(engine: Engine, scenarios: tuple[Scenario, ...]) -> Plan:
         winner=Choice(id="w", label="best", settings=BEST[engine.name]),
         verdict="better",
         ratio=None,
-        confidence=Confidence(level="high", probability=0.99, noise_floor=0.0),
+        confidence=Confidence(level="high", probability=0.99, noise_floor=0.0, epsilon=0.01),
         equivalents=(),
         max_context=None,
         metrics=WinnerMetrics(error_rate=0.0, jitter=None),

@@ -9,7 +9,17 @@ import pytest
 from kvat_core.errors import AllFailed, NothingFeasible
 from kvat_core.planner import make_plan, public_model_id
 from kvat_core.run import Run
-from kvat_core.schema import Cell, Failed, Failure, JournalRef, ModelShape, Objective, Profile, Scenario
+from kvat_core.schema import (
+    Cell,
+    Failed,
+    Failure,
+    JournalRef,
+    LaunchOrder,
+    ModelShape,
+    Objective,
+    Profile,
+    Scenario,
+)
 
 MakeRun = Callable[..., Run]
 REF = JournalRef(file="journal.jsonl", sha256="0", samples=0)
@@ -45,7 +55,7 @@ def test_a_run_cut_short_tells_what_was_not_reached(make_run: MakeRun) -> None:
     assert {candidate.id: candidate.state for candidate in plan.candidates} == {"today": "ok", "late": "not_reached"}
 
 
-def test_scenarios_count_by_their_weight(make_run: MakeRun) -> None:
+def test_a_candidate_that_lacks_a_scenario_is_not_eligible(make_run: MakeRun) -> None:
     # Only one of both scenarios is measured: a candidate must not win by the part that suits it.
     profile = Profile(
         name="two",
@@ -58,14 +68,27 @@ def test_scenarios_count_by_their_weight(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_id", "local", "public"),
+    ("model_id", "scheme", "local", "public"),
     [
-        ("/home/somebody/models/mine", True, "./mine"),
-        ("models/mine", True, "./mine"),
-        ("random:/home/somebody/shapes/mine", True, "random:./mine"),
-        ("owner/name", False, "owner/name"),
-        ("builtin:llama", False, "builtin:llama"),
+        ("/home/somebody/models/mine", "", True, "./mine"),
+        ("models/mine", "", True, "./mine"),
+        ("/home/somebody/10:30/mine", "", True, "./mine"),
+        ("random:/home/somebody/shapes/mine", "random:", True, "random:./mine"),
+        ("random:/home/somebody/10:30/mine", "random:", True, "random:./mine"),
+        ("owner/name", "", False, "owner/name"),
+        ("builtin:llama", "", False, "builtin:llama"),
     ],
 )
-def test_of_a_local_path_only_the_last_part_is_shown(model_id: str, local: bool, public: str) -> None:
-    assert public_model_id(model_id, local) == public
+def test_of_a_local_path_only_the_last_part_is_shown(model_id: str, scheme: str, local: bool, public: str) -> None:
+    assert public_model_id(model_id, scheme, local=local) == public
+
+
+def test_a_peak_that_could_not_be_read_costs_no_figures(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.01, 0.99], "slow": [2.0, 2.02, 1.98]}, peaks={"slow": 300})
+    cell = Cell(candidate="today", scenario="8+3x1")
+    run.add(LaunchOrder(launch=7, round=9, purpose="memory", cells=(cell,)))
+    run.add(Failed(launch=7, cell=cell, failure=Failure(kind="timeout", phase="start", reason="no answer in 300 s")))
+    plan = make_plan(run, REF)
+    assert (plan.winner.id, plan.verdict) == ("today", "tie")
+    assert plan.candidate("today").scenarios[0].peak_host_bytes is None
+    assert plan.metrics.error_rate > 0

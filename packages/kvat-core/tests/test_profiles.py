@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def test_a_user_profile_is_read(tmp_path: Path) -> None:
         (json.dumps({**MINIMAL, "scenarios": [{"prompt_tokens": 1, "output_tokens": 1}]}), "scenarios.0.output_tokens"),
         (json.dumps({**MINIMAL, "objective": {}}), "at least one weight"),
         (json.dumps({**MINIMAL, "name": "../x"}), "name"),
+        (json.dumps({**MINIMAL, "objective": {"ttft": math.inf}}), "objective.ttft: Input should be a finite number"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_broken_profile_is_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -52,6 +52,13 @@ def test_the_environment_is_set_before_anything_is_imported(tmp_path: Path) -> N
     assert marker.read_text() == "early"
 
 
+def test_a_file_in_the_current_directory_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    with WorkerProcess({}) as worker:
+        worker.call("start", {"engine": "fake", "adapter": True}, "start", 60)
+
+
 def test_a_death_by_signal_is_a_crash_with_its_name(worker: WorkerProcess) -> None:
     child().send_signal(signal.SIGSEGV)
     with pytest.raises(WorkerFailed) as caught:

@@ -14,7 +14,9 @@ import psutil
 import pytest
 
 from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, read_plan, tune
+from kvat_core.engine import Probe
 from kvat_core.errors import AllFailed, UsageError
+from kvat_core.fake import FakeEngine
 from kvat_core.journal import journal_sha256, read_journal
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.supervisor import WorkerFailed
@@ -229,6 +231,53 @@ def test_a_lossy_candidate_is_measured_and_cannot_win(out: Path) -> None:
     assert any("may change the output" in note for note in plan.notes)
 
 
+def test_an_answer_that_is_too_long_for_a_message_fails_its_candidate(out: Path) -> None:
+    with pytest.raises(AllFailed, match=r"every candidate failed \(invalid_output\); .* which is too long"):
+        tuned(out, model="fake:tiny", batches=(20_000,))
+
+
+def test_a_snippet_that_cannot_be_written_costs_no_plan(
+    out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
+) -> None:
+    def broken(self: FakeEngine, plan: Plan) -> dict[str, str]:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(FakeEngine, "snippet", broken)
+    result = tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), open_worker=in_process_worker)
+    assert result.warnings == ("the snippet was not written: KeyError",)
+    assert {path.name for path in result.files} == {"journal.jsonl", "best_plan.json", "report.md"} & {
+        path.name for path in out.iterdir()
+    }
+
+
+def test_an_engine_that_cannot_be_asked_says_why(
+    out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
+) -> None:
+    def broken(self: FakeEngine, device: str | None) -> Probe:
+        raise RuntimeError("the driver is\nnot loaded")
+
+    monkeypatch.setattr(FakeEngine, "probe", broken)
+    with pytest.raises(UsageError, match=r"probe: error, builtins.RuntimeError: the driver is not loaded"):
+        tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker)
+
+
+def test_an_engine_without_a_demonstration_needs_a_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "own_models", ())
+    with pytest.raises(UsageError, match="engine fake has no demonstration model; name a --model"):
+        tuned(out, engine="fake", model=None)
+
+
+def test_what_nobody_chose_is_noted(out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type) -> None:
+    def one_thread(self: FakeEngine, device: str | None) -> Probe:
+        return Probe(device="cpu", threads=1, versions={})
+
+    monkeypatch.setattr(FakeEngine, "probe", one_thread)
+    monkeypatch.setattr("kvat_core.tuner.usable_cores", lambda: 8)
+    plan = tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker).plan
+    for part in ("no profile was named", "measured with 1 of 8 cores", "the weights are random"):
+        assert any(part in note for note in plan.notes)
+
+
 def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:
     seen: list[Progress] = []
     tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), seen.append)
@@ -246,6 +295,9 @@ def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:
     [
         ({"engine": "none"}, "no engine is called 'none'"),
         ({"model": "fake:none"}, "has no model"),
+        ({"engine": "fake", "model": ""}, "--model is empty"),
+        ({"engine": "fake", "model": "x" * 300}, "has no model"),
+        ({"model": "fake:tiny", "profile": ""}, "unknown profile ''"),
         ({"model": "fake:tiny", "revision": "main"}, "fake:tiny has no revisions; leave --revision out"),
         ({"model": "fake:tiny", "device": "cuda"}, "has no device 'cuda'"),
         ({"model": "fake:tiny", "profile": "none"}, "unknown profile"),

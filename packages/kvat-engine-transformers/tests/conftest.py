@@ -28,7 +28,7 @@ SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 @cache
 def _adapter(model_id: str, dtype: str, attn_backend: str) -> TransformersAdapter:
     adapter = TransformersAdapter()
-    extra = {"revision": None, "local_files_only": True, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compile": "off"}
     adapter.load_model(model_id, dtype, "cpu", attn_backend, extra)
     return adapter
 

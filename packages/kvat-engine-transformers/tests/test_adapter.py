@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,7 @@ import torch
 from kvat_core import metrics
 from kvat_core.engine import EngineError
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, proof
+from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, memory, proof
 from kvat_engine_transformers.recall import build_example, recall
 from kvat_engine_transformers.recipes import recipe
 
@@ -176,6 +178,40 @@ def test_a_setting_that_did_not_run_is_caught(
         seen = proof.observe(adapter.model, prompt(adapter), options)
     assert any(mismatch.startswith(what) for mismatch in proof.compare(seen, claimed).mismatches)
     assert proof.compare(seen, ran).mismatches == ()
+
+
+def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
+    adapter, ran = prepared("builtin:llama")
+    seen = proof.observe(adapter.model, prompt(adapter), {**actions.arguments(ran), "max_new_tokens": 3})
+    (mismatch,) = proof.compare(replace(seen, kernels=()), ran).mismatches
+    assert mismatch == "kernel: SDPA was asked for, none of its kernels ran"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wrong"),
+    [
+        (("bfloat16",), False),
+        (("bfloat16", "float32"), False),  # some architectures keep a few weights in float32 on purpose
+        (("float32", "bfloat16"), True),
+        (("float16",), True),
+        (("bfloat16", "float16"), True),
+    ],
+)
+def test_weights_are_mostly_in_the_recipes_dtype(prepared: Prepared, dtypes: tuple[str, ...], wrong: bool) -> None:
+    adapter, ran = prepared("builtin:llama", dtype="bfloat16")
+    seen = proof.observe(adapter.model, prompt(adapter), {**actions.arguments(ran), "max_new_tokens": 3})
+    assert seen.dtypes == ("bfloat16",)
+    mismatches = proof.compare(replace(seen, dtypes=dtypes), ran).mismatches
+    assert any(mismatch.startswith("weights: the recipe says bfloat16") for mismatch in mismatches) == wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset elsewhere")
+def test_loading_is_no_part_of_the_peak() -> None:
+    load = bytearray(b"x" * (300 << 20))
+    while_loading = memory.peak_host_bytes()
+    del load
+    memory.start_host_peak()
+    assert memory.peak_host_bytes() < while_loading - (200 << 20)
 
 
 def test_slots_that_differ_void_a_timed_call(prepared: Prepared) -> None:

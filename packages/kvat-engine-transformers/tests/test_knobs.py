@@ -96,6 +96,18 @@ def test_what_cannot_run_says_why(device: str, space: Space, facts: dict[str, st
     assert reason in (entry.exclusion or "")
 
 
+def test_a_dtype_whose_weights_do_not_fit_is_excluded() -> None:
+    engine = TransformersEngine()
+    shape = ModelShape(
+        architecture="llama", layers=2, attention=("full", "full"), dtype="bfloat16", weight_bytes=6 << 30
+    )
+    probe = Probe(device="cpu", versions={}, facts={"free_bytes": 8 << 30})
+    settings = {"dtype": "bfloat16", "attention": "sdpa", "cache": "dynamic", "compile": "off", "grad_mode": "no_grad"}
+    assert engine.check(settings, shape, probe) is None
+    reason = engine.check({**settings, "dtype": "float32"}, shape, probe)
+    assert reason == "12.0 GiB of weights in float32 do not fit the 8.0 GiB free"
+
+
 def test_flash_on_cuda_needs_16_bits() -> None:
     entry = next(e for e in candidates("cuda:0", dtype="float32") if e.candidate.label == "attention=sdpa_flash")
     assert entry.exclusion == "sdpa_flash needs bfloat16 or float16 on cuda"

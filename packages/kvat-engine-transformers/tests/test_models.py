@@ -14,7 +14,7 @@ import torch
 
 from kvat_core.engine import EngineError
 from kvat_core.errors import UsageError
-from kvat_core.schema import ModelRef, ModelShape
+from kvat_core.schema import ModelRef, ModelShape, PromptSource
 from kvat_engine_transformers import TransformersEngine, build_random_model, builtin_path, random_path
 from kvat_engine_transformers.devices import probe_device
 
@@ -126,11 +126,38 @@ def test_an_incomplete_checkpoint_is_refused(write_config: WriteConfig) -> None:
         describe(folder)
 
 
-def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
+def copied(folder: Path, **config: Any) -> Path:
+    """The built-in Llama as a user's directory, with another config; null leaves a key out."""
     shutil.copytree(builtin_path("llama"), folder)
+    data = {**json.loads((folder / "config.json").read_text()), **config}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    return folder
+
+
+def test_a_dtype_that_the_config_lacks_is_that_of_the_weights(tmp_path: Path, tiny_directory: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_directory, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert describe(folder).dtype == "bfloat16"
+    assert describe(copied(tmp_path / "other", dtype=None)).dtype == "float32"
+
+
+def test_a_tokenizer_that_cannot_be_loaded_costs_nothing_else(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    assert not describe(folder).has_tokenizer
+    adapter = TransformersEngine().adapter()
+    extra = {"revision": None, "threads": 1, "compile": "off"}
+    adapter.load_model(str(folder), "float32", "cpu", "sdpa", extra)
+    assert adapter.make_prompt(PromptSource(kind="text", value="words"), 20, 1, 1).shape == (1, 20)
+
+
+def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "model")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    extra = {"revision": None, "local_files_only": True, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compile": "off"}
     with pytest.raises(EngineError, match="weight files are damaged or incomplete; fetch them again"):
         TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 

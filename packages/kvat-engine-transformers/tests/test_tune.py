@@ -12,6 +12,7 @@ import pytest
 
 from kvat_core import Plan, Profile, TuneRequest, tune
 from kvat_core.engine import Probe
+from kvat_core.errors import UsageError
 from kvat_core.schema import CandidateEntry, Choice, ModelShape, Objective, PromptSource, Scenario
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersEngine, knobs
@@ -61,6 +62,37 @@ def test_the_snippet_runs_each_scenario_and_prints_the_plans_metrics(run: tuple[
     for line in printed:
         assert float(line["ttft_s"]) > 0
         assert float(line["decode_tps"]) > 0
+
+
+def test_what_a_caller_asks_for_comes_before_what_was_measured(run: tuple[Path, Plan]) -> None:
+    code = (
+        "import torch, snippet\n"
+        "model = snippet.load()\n"
+        "ids = torch.arange(8).repeat(2, 1)\n"
+        "mask = torch.ones_like(ids); mask[0, :4] = 0\n"
+        "output = snippet.generate(model, ids, 4, attention_mask=mask, do_sample=True, return_dict_in_generate=True)\n"
+        "print(output.sequences.shape[1], type(output).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=run[0], capture_output=True, text=True, check=False)
+    assert done.stdout == "12 GenerateDecoderOnlyOutput\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "paged"}, "does not know attention=paged; use the version that wrote the plan"),
+        ({"chunk": "16"}, "does not know chunk=16"),
+        ({"cache": None}, "the plan says nothing of cache"),
+    ],
+)
+def test_a_plan_that_this_version_cannot_carry_out_gives_no_snippet(
+    run: tuple[Path, Plan], settings: dict[str, str | None], message: str
+) -> None:
+    _, plan = run
+    known = {knob: value for knob, value in {**plan.winner.settings, **settings}.items() if value is not None}
+    changed = plan.model_copy(update={"winner": plan.winner.model_copy(update={"settings": known})})
+    with pytest.raises(UsageError, match=message):
+        TransformersEngine().snippet(changed)
 
 
 def test_nothing_of_the_users_prompt_or_machine_is_written(run: tuple[Path, Plan]) -> None:
@@ -145,7 +177,7 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
         assert f"torch.{candidate.settings['dtype']}" in text
         assert ("torch.inference_mode()" in text) == (candidate.settings["grad_mode"] == "inference_mode")
         assert ("sdpa_kernel(" in text) == candidate.settings["attention"].startswith("sdpa_")
-        assert ("max_cache_len=input_ids.shape[1] + max_new_tokens" in text) == (
+        assert ('"max_cache_len": input_ids.shape[1] + max_new_tokens' in text) == (
             candidate.settings["cache"] == "static"
         )
         assert ("CompileConfig(" in text) == (candidate.settings["compile"] != "off")

@@ -9,7 +9,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
-from kvat_core.outputs import PLAN
+from kvat_core.outputs import PLAN, SNIPPET
 from kvat_report import decision, numbers, one_line
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def print_summary(result: TuneResult) -> None:
     if plan.ratio is not None and plan.winner.id != plan.incumbent.id:
         _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
     _print_block("Settings:", _settings(plan))
+    if plan.notes:
+        _print_block("Notes:", [(note,) for note in plan.notes])
     _print_block("Files:", [(str(path),) for path in result.files])
     _print_block("Next:", _next(result))
     print("\n" + _times(result))
@@ -58,7 +60,7 @@ def _settings(plan: Plan) -> list[tuple[str, str]]:
 
 def _next(result: TuneResult) -> list[tuple[str, str]]:
     """What is usually done with a plan, ready to be pasted."""
-    snippet, plan = (shlex.quote(str(result.out / name)) for name in ("snippet.py", PLAN))
+    snippet, plan = (shlex.quote(str(result.out / name)) for name in (SNIPPET, PLAN))
     return [
         (f"python {snippet}", "measure the winner again"),
         (f"kvat apply --plan {plan} --write FILE", "write the code that runs it"),

@@ -150,4 +150,4 @@ def _confidence(field: _Field, winner: str) -> Confidence:
         level = "high"
     elif probability >= 0.80 and blocks >= 2:
         level = "medium"
-    return Confidence(level=level, probability=probability, noise_floor=field.noise_floor)
+    return Confidence(level=level, probability=probability, noise_floor=field.noise_floor, epsilon=field.epsilon)

@@ -80,6 +80,8 @@ class Probe(Record):
     """The device that will be used: the one asked for, or the best one present."""
     threads: int | None = None
     """CPU threads that the engine uses if nobody says otherwise; None where that is not its business."""
+    device_memory_bytes: int | None = None
+    """Memory of that device, where it has one of its own."""
     versions: dict[str, str]
     """Distribution name to version, of everything that may change the figures."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)

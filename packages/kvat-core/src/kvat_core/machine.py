@@ -16,14 +16,21 @@ SHORT_MEMORY_SHARE = 0.1
 """Share of main memory that should be free before anything is loaded."""
 
 
-def read_machine(device: str, threads: int | None) -> Machine:
-    """Describe this machine for a run on `device` with `threads` CPU threads (None = not the engine's business)."""
+def read_machine(device: str, threads: int | None, device_memory_bytes: int | None = None) -> Machine:
+    """Describe this machine for a run.
+
+    Args:
+        device: what is measured on.
+        threads: CPU threads that are used; None = not the engine's business.
+        device_memory_bytes: the device's own memory, None if it has none.
+    """
     facts = {
         "device": device,
         "cpu": cpu.cpu_name(),
         "cores": cpu.usable_cores(),
         "threads": threads,
         "memory_bytes": cpu.memory_bytes(),
+        "device_memory_bytes": device_memory_bytes,
         "gpus": [one.model_dump() for one in gpu.gpus()],
         "os": f"{platform.system()} {platform.release()}",
     }
@@ -43,14 +50,17 @@ def _load() -> str | None:
 
 
 def _memory() -> str | None:
-    memory = psutil.virtual_memory()
-    if memory.available >= SHORT_MEMORY_SHARE * memory.total:
+    available = cpu.available_memory_bytes()
+    if available >= SHORT_MEMORY_SHARE * cpu.memory_bytes():
         return None
-    return f"only {memory.available / 2**30:.1f} GiB of memory are available: close programs before tuning"
+    return f"only {available / 2**30:.1f} GiB of memory are available: close programs before tuning"
 
 
 def _battery() -> str | None:
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    try:
+        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    except OSError:  # a container that hides what the kernel knows of power supplies
+        return None
     if battery is None or battery.power_plugged is not False:
         return None
     return "running on battery: clocks change with charge; connect the charger"

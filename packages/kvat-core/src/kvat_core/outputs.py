@@ -11,6 +11,7 @@ from kvat_core.errors import UsageError
 
 JOURNAL = "journal.jsonl"
 PLAN = "best_plan.json"
+SNIPPET = "snippet.py"
 
 
 def check_out(out: Path, force: bool) -> None:
@@ -59,6 +60,14 @@ def _free_name(out: Path) -> Path:
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
     return aside
+
+
+def is_path(text: str) -> bool:
+    """Whether a file or directory has this name; what cannot be a name is none."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def write_files(out: Path, files: Mapping[str, str]) -> tuple[Path, ...]:

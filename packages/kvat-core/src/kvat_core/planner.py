@@ -73,12 +73,9 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     )
 
 
-def public_model_id(model_id: str, local: bool) -> str:
-    """The model's name as it may be shown to others: of a local path only the last part, behind its scheme."""
-    if not local:
-        return model_id
-    scheme, colon, path = model_id.rpartition(":")
-    return f"{scheme}{colon}./{PurePath(path).name}"
+def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
+    """The model's name as it may be shown to others: of a local path only the last part, behind the engine's scheme."""
+    return f"{scheme}./{PurePath(model_id.removeprefix(scheme)).name}" if local else model_id
 
 
 def _no_winner(run: Run, journal: str) -> AllFailed | NothingFeasible:

@@ -106,10 +106,12 @@ class Run:
 
     @property
     def failures(self) -> dict[str, Failed]:
-        """How each failed candidate ended first."""
+        """How each failed candidate ended first; where only its peak memory could not be read, its figures stand."""
+        memory = {order.launch for order in self.launches if order.purpose == "memory"}
         first: dict[str, Failed] = {}
         for failed in self.failed:
-            first.setdefault(failed.cell.candidate, failed)
+            if failed.launch not in memory:
+                first.setdefault(failed.cell.candidate, failed)
         return first
 
     @property

@@ -128,6 +128,6 @@ def _peak(run: Run, candidate_id: str) -> int | None:
 
 def _share_used(run: Run, resources: Resources) -> float:
     machine = run.header.machine
-    if resources.peak_device_bytes is not None and machine.gpus and machine.gpus[0].memory_bytes:
-        return resources.peak_device_bytes / machine.gpus[0].memory_bytes
+    if resources.peak_device_bytes is not None and machine.device_memory_bytes is not None:
+        return resources.peak_device_bytes / machine.device_memory_bytes
     return (resources.peak_host_bytes or 0) / machine.memory_bytes

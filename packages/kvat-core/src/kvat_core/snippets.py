@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from kvat_core import discovery
+from kvat_core.errors import UsageError
+from kvat_core.outputs import SNIPPET
 from kvat_core.schema import Plan
 
 
@@ -10,6 +12,9 @@ def snippet(plan: Plan) -> dict[str, str]:
     """The files that put a plan to use, by name; `snippet.py` is the one to run.
 
     Raises:
-        UsageError: the plan's engine is not installed.
+        UsageError: the plan's engine is not installed, does not know a setting of the plan, or writes no code.
     """
-    return dict(discovery.load_engine(plan.engine.name).snippet(plan))
+    files = dict(discovery.load_engine(plan.engine.name).snippet(plan))
+    if SNIPPET not in files:
+        raise UsageError(f"engine {plan.engine.name} writes no {SNIPPET}; apply its plan by its own means")
+    return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,7 +17,9 @@ from kvat_core.journal import Journal, journal_sha256, read_journal
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.launch import Bench, OpenWorker, carry_out
 from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
+from kvat_core.outputs import is_path
 from kvat_core.planner import make_plan, public_model_id
+from kvat_core.probes.cpu import usable_cores
 from kvat_core.run import Run
 from kvat_core.schema import (
     CandidateEntry,
@@ -106,7 +108,7 @@ class TuneResult:
     """The part of `loading_s` before `load_model`, the probing child included."""
     generating_s: float
     warnings: tuple[str, ...]
-    """Report renderers that could not be used, one line each."""
+    """What could not be written, a snippet or a report, one line each."""
 
 
 OnProgress = Callable[[Progress], None]
@@ -135,15 +137,14 @@ def tune(
     started = time.perf_counter()
     limits = deadlines or Deadlines()
     engine = discovery.pick_engine(request.engine, request.model)
-    model = ModelRef(
-        id=request.model or engine.own_models[0], revision=request.revision, allow_download=request.allow_download
-    )
+    model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)
     source = prompts.resolve(profile.prompt)
-    out = request.out or _default_out(model.id, profile.name)
+    out = request.out or _default_out(engine, model.id, profile.name)
     outputs.check_out(out, request.force)
     display = _Display(on_progress, started)
-    display.announce("looking at the machine and the model")
+    fetching = ", and fetching what is missing" if request.allow_download else ""
+    display.announce(f"looking at the machine and the model{fetching}")
     probing = time.perf_counter()
     probe, shape = _ask_child(engine, model, request.device, open_worker, limits)
     probe_s = time.perf_counter() - probing
@@ -154,8 +155,7 @@ def tune(
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,
     )
-    if request.profile is None:
-        notes = (*notes, DEFAULT_PROFILE_NOTE)
+    notes = (*notes, *_notes(request, probe, shape))
     if request.revision is not None and shape.revision is None:
         raise UsageError(f"{model.id} has no revisions; leave --revision out")
     # What was described is what is loaded, however the hub changes meanwhile.
@@ -196,12 +196,37 @@ def tune(
 
 
 def _profile(request: TuneRequest) -> Profile:
-    chosen = request.profile or DEFAULT_PROFILE
+    chosen = DEFAULT_PROFILE if request.profile is None else request.profile
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
 
 
-def _default_out(model_id: str, profile_name: str) -> Path:
-    name = public_model_id(model_id, local=Path(model_id).exists())
+def _model_id(request: TuneRequest, engine: Engine) -> str:
+    if request.model is None and not engine.own_models:
+        raise UsageError(f"engine {engine.name} has no demonstration model; name a --model")
+    model_id = engine.own_models[0] if request.model is None else request.model
+    if not model_id:
+        raise UsageError("--model is empty; name a model, or leave it out for the engine's demonstration")
+    return model_id
+
+
+def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[str]:
+    """What the user did not choose, and what decides how far the figures go."""
+    if request.profile is None:
+        yield DEFAULT_PROFILE_NOTE
+    cores = usable_cores()
+    if request.threads is None and probe.device == "cpu" and probe.threads is not None and probe.threads != cores:
+        yield f"measured with {probe.threads} of {cores} cores: if you serve with another number, say so with --threads"
+    if shape.weights == "checkpoint" and not shape.has_tokenizer:
+        yield "the model has no tokenizer that can be loaded: its prompts were random tokens"
+
+
+def _public_id(engine: Engine, model_id: str, *, local: bool) -> str:
+    schemes = (own for own in engine.own_models if own.endswith(":"))
+    return public_model_id(model_id, next((own for own in schemes if model_id.startswith(own)), ""), local=local)
+
+
+def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:
+    name = _public_id(engine, model_id, local=is_path(model_id))
     return Path("kvat-out") / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{profile_name}").strip("-.")
 
 
@@ -214,14 +239,17 @@ def _ask_child(
             worker.call("start", {"engine": engine.name, "adapter": False}, "start", limits.start_s)
             probe = Probe.model_validate(worker.call("probe", {"device": device}, "probe", limits.start_s))
             described = worker.call(
-                "describe", {"model": model.model_dump(mode="json"), "device": probe.device}, "describe", limits.load_s
+                "describe",
+                {"model": model.model_dump(mode="json"), "device": probe.device},
+                "describe",
+                limits.download_s if model.allow_download else limits.load_s,
             )
             shape = ModelShape.model_validate(described)
     except WorkerFailed as failed:
         failure = failed.failure
         raise UsageError(
             f"engine {engine.name} cannot look at this machine and model ({failure.phase}: {failure.kind}, "
-            f"{failure.reason}); see kvat doctor"
+            f"{failure.reason}); mend its installation or name another --model"
         ) from failed
     return probe, shape
 
@@ -236,7 +264,7 @@ def _header(
     notes: tuple[str, ...],
     probe_s: float,
 ) -> Header:
-    public = target.model.model_copy(update={"id": public_model_id(target.model.id, shape.local)})
+    public = target.model.model_copy(update={"id": _public_id(engine, target.model.id, local=shape.local)})
     return Header(
         kvat=version("kvat-core"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -244,7 +272,7 @@ def _header(
         versions=probe.versions,
         target=target.model_copy(update={"model": public}),
         shape=shape,
-        machine=machine.read_machine(target.device, target.threads),
+        machine=machine.read_machine(target.device, target.threads, probe.device_memory_bytes),
         profile=profile.redacted(),
         space=request.space,
         pinned=dict(request.pinned),
@@ -290,8 +318,11 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
     plan = make_plan(run, ref)
     files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
-    files += outputs.write_files(out, snippet(plan))
     reports, warnings = discovery.reports()
+    try:
+        files += outputs.write_files(out, snippet(plan))
+    except Exception as error:  # an adapter is foreign code, and must not cost the plan
+        warnings.append(f"the snippet was not written: {type(error).__name__}")
     for report in reports:
         try:
             files += outputs.write_files(out, {report.file_name: report.render(plan)})

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import JsonValue
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
 from kvat_engine_transformers import actions, proof
 from kvat_engine_transformers.failures import translated
-from kvat_engine_transformers.memory import cache_bytes, peak_device_bytes, peak_host_bytes
-from kvat_engine_transformers.models import Source, has_tokenizer, resolve
+from kvat_engine_transformers.memory import cache_bytes, peak_device_bytes, peak_host_bytes, start_host_peak
+from kvat_engine_transformers.models import Source, load_tokenizer, resolve
 from kvat_engine_transformers.prompts import prompt_ids, text_ids
 from kvat_engine_transformers.random_model import build_random_model
 
@@ -57,6 +57,8 @@ class TransformersAdapter(EngineAdapter):
     def __init__(self) -> None:
         self._prepared: Recipe | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._ordinary_ids: list[int] = []
+        self._text_ids: dict[PromptSource, list[int]] = {}
         self._cache_bytes: int | None = None
 
     def load_model(
@@ -69,20 +71,19 @@ class TransformersAdapter(EngineAdapter):
     ) -> None:
         if threads := extra["threads"]:
             torch.set_num_threads(int(str(threads)))
-        local = bool(extra["local_files_only"])
         revision = None if extra["revision"] is None else str(extra["revision"])
-        source = resolve(model_id, revision, allow_download=not local)
+        source = resolve(model_id, revision, allow_download=False)
         options = {"dtype": getattr(torch, str(dtype)), "device": device, "attention": str(attn_backend)}
         with translated():
             self.model = _load(source, **options)
-        if source.kind != "random" and has_tokenizer(source.path):
-            self._tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        self._tokenizer = load_tokenizer(source)
+        special = self._special_ids()
+        self._ordinary_ids = [token for token in range(self._vocabulary()) if token not in special]
+        self._text_ids.clear()
+        start_host_peak()
 
     def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
-        special = self._special_ids()
-        text = [] if self._tokenizer is None else text_ids(source, self._encode, special)
-        ordinary = [token for token in range(self._vocabulary()) if token not in special]
-        rows = prompt_ids(text, ordinary, tokens=tokens, batch=batch, nonce=nonce)
+        rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
         return torch.tensor(rows, device=self.model.device)
 
     def prepare_cache(self, strategy: Recipe) -> None:
@@ -153,6 +154,14 @@ class TransformersAdapter(EngineAdapter):
             if wrong := proof.wrong_slots(cache, self._recipe):
                 raise EngineError("not_applied", wrong)
         return Call(tokens, prompt.shape[1], start_ns, clock.times_ns[1:], end_ns, proof.compiled_graphs() - graphs)
+
+    def _ids(self, source: PromptSource) -> list[int]:
+        """Ids of a prompt's text, tokenised once."""
+        if self._tokenizer is None:
+            return []
+        if source not in self._text_ids:
+            self._text_ids[source] = text_ids(source, self._encode, self._special_ids())
+        return self._text_ids[source]
 
     def _encode(self, text: str) -> list[int]:
         assert self._tokenizer is not None

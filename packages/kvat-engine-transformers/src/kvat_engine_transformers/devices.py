@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
-from kvat_core.probes.cpu import usable_cores
+from kvat_core.probes.cpu import available_memory_bytes, usable_cores
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 
@@ -25,7 +25,25 @@ def probe_device(device: str | None) -> Probe:
     """
     chosen = _choose(device)
     facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
-    return Probe(device=chosen, threads=_threads(), versions=_versions(), facts=facts)
+    return Probe(
+        device=chosen,
+        threads=_threads(),
+        device_memory_bytes=_own_memory_bytes(chosen),
+        versions=_versions(),
+        facts={**facts, "free_bytes": free_bytes(chosen)},
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a model can still be loaded into."""
+    if device.startswith("cuda"):
+        free: int = torch.cuda.mem_get_info(torch.device(device))[0]
+        return free
+    return available_memory_bytes()
+
+
+def _own_memory_bytes(device: str) -> int | None:
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else None
 
 
 def _choose(asked: str | None) -> str:

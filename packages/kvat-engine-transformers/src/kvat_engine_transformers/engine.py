@@ -33,7 +33,7 @@ class TransformersEngine(Engine):
         return knobs.space(shape, probe)
 
     def check(self, settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
-        return knobs.check(settings, probe)
+        return knobs.check(settings, shape, probe)
 
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         return recipes.recipe(settings, scenario, target)

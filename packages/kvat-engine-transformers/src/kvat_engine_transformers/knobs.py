@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvat_core.engine import Probe
+from kvat_core.errors import UsageError
 from kvat_core.schema import Knob, KnobValue, ModelShape, Space
 
 DTYPES = ("float32", "bfloat16", "float16")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 KERNELS = {
     "sdpa_math": "MATH",
@@ -25,11 +27,39 @@ def space(shape: ModelShape, probe: Probe) -> tuple[Knob, ...]:
     return (_dtype(shape, probe), _attention(shape, probe), _cache(), _compile(probe), _grad_mode())
 
 
-def check(settings: Mapping[str, str], probe: Probe) -> str | None:
+def require_known(settings: Mapping[str, str]) -> None:
+    """Refuse settings that these recipes could not carry out as they are.
+
+    Raises:
+        UsageError: a knob is missing, or a knob or value is none of this engine's.
+    """
+    any_model = ModelShape(architecture="any", layers=1, attention=("other",))
+    known = {knob.name: knob for knob in space(any_model, Probe(device="cpu", versions={}))}
+    missing = next((name for name in known if name not in settings), None)
+    strange = next(
+        (f"{name}={one}" for name, one in settings.items() if name not in known or known[name].value(one) is None), None
+    )
+    if strange is not None:
+        raise UsageError(f"this kvat-engine-transformers does not know {strange}; use the version that wrote the plan")
+    if missing is not None:
+        raise UsageError(f"the plan says nothing of {missing}; use the kvat-engine-transformers that wrote it")
+
+
+def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
     """Why this combination of single values that could each run cannot, or None."""
+    needed, free = _weight_bytes(settings["dtype"], shape), probe.facts.get("free_bytes")
+    if needed is not None and isinstance(free, int) and needed > free:
+        return f"{needed / 2**30:.1f} GiB of weights in {settings['dtype']} do not fit the {free / 2**30:.1f} GiB free"
     if _kind(probe) == "cuda" and settings["dtype"] == "float32" and settings["attention"] in _HALF_ONLY:
         return f"{settings['attention']} needs bfloat16 or float16 on cuda"
     return None
+
+
+def _weight_bytes(dtype: str, shape: ModelShape) -> int | None:
+    """Bytes of the weights in another dtype than the stored one."""
+    if shape.weight_bytes is None or shape.dtype is None:
+        return None
+    return shape.weight_bytes * _BYTES[dtype] // _BYTES[shape.dtype]
 
 
 def _kind(probe: Probe) -> str:

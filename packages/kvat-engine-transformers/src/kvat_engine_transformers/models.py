@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -19,17 +18,31 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
+from kvat_engine_transformers.devices import free_bytes
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 
 _PACKAGE = Path(__file__).parent
 _SHAPES = _PACKAGE / "shapes"
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_UNWANTED = ("*/*", "consolidated*")
+"""The same weights once more, in the form of other libraries."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
     text = config.get_text_config(decoder=True)
     if not _known(text, "num_attention_heads"):
         raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
-    dtype = _dtype(model.id, config)
+    dtype = _dtype(model.id, config, source)
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
     weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
     _require_memory(model.id, weight_bytes, device)
@@ -114,14 +127,24 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
         revision=source.revision,
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != _SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
-        has_tokenizer=source.kind != "random" and has_tokenizer(source.path),
+        has_tokenizer=load_tokenizer(source) is not None,
         facts={"sdpa": without_sdpa},
     )
 
 
-def has_tokenizer(path: Path) -> bool:
-    """Whether the directory holds a tokenizer."""
-    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint; None where there is none, or none that can be loaded here.
+
+    Without it prompts are random tokens, so an odd tokenizer or a library that it lacks costs no measurement.
+    """
+    # Without files some classes make an empty tokenizer.
+    if source.kind == "random" or not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except Exception:  # every tokenizer class fails in its own way
+        return None
+    return tokenizer
 
 
 def _named(folder: Path, name: str, scheme: str) -> Path:
@@ -135,7 +158,11 @@ def _hub_files(model_id: str, revision: str | None, allow_download: bool) -> Pat
     named = model_id if revision is None else f"{model_id} at revision {revision}"
     try:
         found = snapshot_download(
-            model_id, revision=revision, allow_patterns=list(_WANTED), local_files_only=not allow_download
+            model_id,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+            local_files_only=not allow_download,
         )
     except HFValidationError as error:
         raise UsageError(f"{model_id} is neither a directory here nor a hub id of the form owner/name") from error
@@ -193,11 +220,23 @@ def _require_safetensors(model_id: str, path: Path) -> None:
         raise UsageError(f"{model_id} has no model.safetensors; fetch its weights")
 
 
-def _dtype(model_id: str, config: PreTrainedConfig) -> str:
-    name = str(config.dtype or torch.float32).removeprefix("torch.")
+def _dtype(model_id: str, config: PreTrainedConfig, source: Source) -> str:
+    """What Transformers loads if nobody says otherwise: the config's dtype, else that of the weights."""
+    if config.dtype is not None:
+        name = str(config.dtype).removeprefix("torch.")
+    else:
+        name = "float32" if source.kind == "random" else _first_dtype(source.path)
     if name not in DTYPES:
         raise UsageError(f"{model_id} has weights in {name}; choose a checkpoint in one of: {', '.join(DTYPES)}")
     return name
+
+
+def _first_dtype(path: Path) -> str:
+    """Dtype of the first floating-point tensor of a checkpoint."""
+    with safe_open(min(path.glob("model*.safetensors")), framework="pt") as file:
+        found = (str(file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118 - not a mapping
+        dtype = next((one for one in found if not one.startswith(("I", "U", "BOOL"))), "no floating-point type")
+    return _SAFETENSORS_DTYPES.get(dtype, dtype)
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
@@ -214,10 +253,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedM
 
 
 def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     if weight_bytes > free:
         raise UsageError(
             f"{model_id} has {weight_bytes / 2**30:.1f} GiB of weights and {device} {free / 2**30:.1f} GiB free; "
@@ -248,6 +284,7 @@ def _longest_position(text: PreTrainedConfig) -> int | None:
 def _kv_heads(text: PreTrainedConfig) -> int | None:
     if (
         _latent(text)
+        or hasattr(text, "multi_query")  # one head or all of them, by rules of its own
         or _differs_by_layer(text, "num_key_value_heads")
         or _differs_by_layer(text, "num_attention_heads")
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Seen:
     kernels: tuple[str, ...]
     grad_mode: str
     dtypes: tuple[str, ...]
+    """Of the weights, the one that holds most bytes first."""
     devices: tuple[str, ...]
     threads: int
     compile: str
@@ -112,7 +114,7 @@ def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str
         attention=str(model.config._attn_implementation),
         kernels=_kernels(event.key for event in profiler.key_averages()),
         grad_mode=witness.grad_mode,
-        dtypes=_names(parameter.dtype for parameter in model.parameters()),
+        dtypes=_by_bytes(model),
         devices=_names(parameter.device for parameter in model.parameters()),
         threads=torch.get_num_threads(),
         compile=_compile_mode(model),
@@ -167,6 +169,14 @@ def _name(value: Any) -> str:
     return str(value).removeprefix("torch.").replace("mps:0", "mps")
 
 
+def _by_bytes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Dtypes of the weights, by how many bytes each holds."""
+    held: Counter[str] = Counter()
+    for parameter in model.parameters():
+        held[_name(parameter.dtype)] += parameter.nbytes
+    return tuple(dtype for dtype, _ in held.most_common())
+
+
 def _names(values: Any) -> tuple[str, ...]:
     return tuple(sorted({_name(value) for value in values}))
 
@@ -202,7 +212,6 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
         ("cache", wanted_cache, seen.cache),
         ("attention", load["attn_backend"], seen.attention),
         ("grad mode", actions.grad_mode(recipe), seen.grad_mode),
-        ("weights", [load["dtype"]], list(seen.dtypes)),
         ("cache dtype", [load["dtype"]], list(_names(layer.dtype for layer in layers))),
         ("device", [load["device"]], list(seen.devices)),
         ("cache device", [load["device"]], list(_names(layer.device for layer in layers))),
@@ -212,12 +221,31 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
     found = [f"{what}: the recipe says {wanted}, it is {actual}" for what, wanted, actual in pairs if wanted != actual]
     return [
         *found,
-        *filter(None, (_wrong_kernel(seen, recipe), _wrong_graphs(seen), _wrong_slots(seen.layers, recipe))),
+        *filter(
+            None,
+            (
+                _wrong_weights(seen, recipe),
+                _wrong_kernel(seen, recipe),
+                _wrong_graphs(seen),
+                _wrong_slots(seen.layers, recipe),
+            ),
+        ),
     ]
+
+
+def _wrong_weights(seen: Seen, recipe: Recipe) -> str | None:
+    """Transformers keeps a few sensitive weights in float32 whatever was asked for; anything else is wrong."""
+    wanted = str(recipe.load["dtype"])
+    if seen.dtypes[0] == wanted and set(seen.dtypes) <= {wanted, "float32"}:
+        return None
+    return f"weights: the recipe says {wanted}, they are {' and '.join(seen.dtypes)}"
 
 
 def _wrong_kernel(seen: Seen, recipe: Recipe) -> str | None:
     forced = actions.forced_kernel(recipe)
+    # The calls of a compiled graph are not all seen one by one.
+    if seen.attention == "sdpa" and seen.compile == "off" and not seen.kernels:
+        return "kernel: SDPA was asked for, none of its kernels ran"
     if forced is not None and seen.kernels != (forced,):
         return f"kernel: the recipe forces {forced}, {' and '.join(seen.kernels) or 'none'} ran"
     if seen.attention == "eager" and seen.kernels:

@@ -41,11 +41,10 @@ def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> R
 
 
 def _environment(target: Target) -> dict[str, str]:
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    # Offline, because whatever may be fetched has been when the model was described.
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if target.threads is not None:
         environment["OMP_NUM_THREADS"] = str(target.threads)
-    if not target.model.allow_download:
-        environment["HF_HUB_OFFLINE"] = "1"
     return environment
 
 
@@ -53,7 +52,6 @@ def _extra(settings: Mapping[str, str], target: Target) -> dict[str, JsonValue]:
     # Compiled code outlives the call that made it, so a compiled candidate gets a launch of its own.
     return {
         "revision": target.model.revision,
-        "local_files_only": not target.model.allow_download,
         "threads": target.threads,
         "compile": settings["compile"],
     }

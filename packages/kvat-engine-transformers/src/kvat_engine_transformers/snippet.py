@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, ModelRef, Plan, PlanModel, Recipe, Scenario, Target
+from kvat_engine_transformers.knobs import require_known
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 from kvat_engine_transformers.recipes import recipe
 
@@ -20,7 +21,7 @@ _TEMPLATE = '''\
 Loads the model as it was measured and, for each scenario of the plan, prints the time to first token and the
 decode rate by the plan's definitions. Take `load` and `generate` over into your own code:
 
-    model = load()
+    model = load({load_example})
     output = generate(model, tokenizer(text, return_tensors="pt").input_ids.to(model.device), max_new_tokens=128)
 {notes}"""
 
@@ -42,14 +43,18 @@ WARMUP = {warmup}
 SAMPLES = {samples}
 
 
-def load():
+def load({load_parameter}):
     """Load the model with the measured dtype, attention and threads."""
     torch.set_num_threads({threads})
 {load_body}
 
 
 def generate(model, input_ids, max_new_tokens, **options):
-    """Generate greedily; every call has a cache of its own. `options` go to `model.generate`."""
+    """Generate greedily, as it was measured; every call has a cache of its own.
+
+    `options` go to `model.generate` and come before what was measured: an attention mask for padded
+    prompts, for example, or `do_sample=True`.
+    """
 {generate_body}
 
 
@@ -84,7 +89,7 @@ def measure(model, prompt_tokens, output_tokens, batch_size):
 
 def main():
     """Print one line per scenario."""
-    model = load()
+    model = load({load_call})
     for prompt_tokens, output_tokens, batch_size in SCENARIOS:
 {reset}        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
         shape = f"prompt_tokens={{prompt_tokens}} output_tokens={{output_tokens}} batch_size={{batch_size}}"
@@ -106,7 +111,12 @@ _RESET = """\
 
 
 def render(plan: Plan) -> str:
-    """The script for a plan's winner."""
+    """The script for a plan's winner.
+
+    Raises:
+        UsageError: the winner has settings that this version does not know.
+    """
+    require_known(plan.winner.settings)
     target = Target(
         model=ModelRef(id=plan.model.id, revision=plan.model.revision),
         device=plan.machine.device,
@@ -115,13 +125,16 @@ def render(plan: Plan) -> str:
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
     # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
     shown = recipe(plan.winner.settings, scenarios[0], target)
-    path = plan.model.id.rpartition(":")[2]
+    path = plan.model.id.removeprefix(RANDOM)
     local = path.startswith("./")
     return _TEMPLATE.format(
         title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}."),
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
         sys_import="import sys\n" if local else "",
+        load_example="MODEL_DIRECTORY" if local else "",
+        load_parameter="model=MODEL" if local else "",
+        load_call="*sys.argv[1:2]" if local else "",
         environment=_literal(shown.environment),
         imports="\n".join(_imports(plan.model.id, shown)),
         model_constant=_model_constant(path if local else plan.model.id, local),
@@ -131,7 +144,7 @@ def render(plan: Plan) -> str:
         load_body="\n".join(_load_body(plan.model, local, shown)),
         generate_body="\n".join(_generate_body(shown)),
         # The proof call of a launch warms up as well.
-        warmup=1 + (plan.profile.warmup or shown.warmup),
+        warmup=1 + shown.warmup_calls(plan.profile.warmup),
         samples=plan.profile.samples,
     )
 
@@ -168,41 +181,39 @@ def _imports(model_id: str, shown: Recipe) -> list[str]:
 
 def _model_constant(model_id: str, local: bool) -> str:
     if local:
-        return f"\nMODEL = sys.argv[1] if len(sys.argv) > 1 else {json.dumps(model_id)}"
+        return f"\nMODEL = {json.dumps(model_id)}"
     return f"\nMODEL = {json.dumps(model_id)}" if not model_id.startswith((BUILTIN, RANDOM)) else ""
 
 
 def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
-    dtype, device = f"torch.{shown.load['dtype']}", f'"{shown.load["device"]}"'
-    attention = f'"{shown.load["attn_backend"]}"'
-    name = model.id.rpartition(":")[2]
-    named = "MODEL" if local else json.dumps(name)
+    dtype, device = f"torch.{shown.load['dtype']}", json.dumps(shown.load["device"])
+    attention = json.dumps(shown.load["attn_backend"])
+    named = "model" if local else json.dumps(model.id.removeprefix(BUILTIN).removeprefix(RANDOM))
     if model.id.startswith(RANDOM):
         how = f"dtype={dtype}, device={device}, attention={attention}"
         return [f"    return build_random_model(random_path({named}), {how})"]
-    where = f"builtin_path({named})" if model.id.startswith(BUILTIN) else "MODEL"
+    where = f"builtin_path({named})" if model.id.startswith(BUILTIN) else "model" if local else "MODEL"
     options = [where, f"dtype={dtype}", f"attn_implementation={attention}"]
     if model.revision is not None:
         options.append(f"revision={json.dumps(model.revision)}")
     options += ["local_files_only=True", "use_safetensors=True"]
     return [
-        "    model = AutoModelForCausalLM.from_pretrained(",
+        "    loaded = AutoModelForCausalLM.from_pretrained(",
         *(f"        {option}," for option in options),
         "    )",
-        f"    return model.to({device}).eval()",
+        f"    return loaded.to({device}).eval()",
     ]
 
 
 def _generate_body(shown: Recipe) -> list[str]:
-    call = [
-        "return model.generate(",
-        "    input_ids=input_ids,",
-        "    attention_mask=torch.ones_like(input_ids),",
-        *(f"    {name}={_argument(name, value)}," for name, value in shown.arguments.items()),
-        "    **options,",
-        ")",
+    call = ["return model.generate(input_ids=input_ids, **{**measured, **options})"]
+    setup = [
+        *_compile_lines(shown.arguments.get("compile_config")),
+        "measured = {",
+        '    "attention_mask": torch.ones_like(input_ids),',
+        *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in shown.arguments.items()),
+        "}",
     ]
-    setup = _compile_lines(shown.arguments.get("compile_config"))
     if shown.context:
         contexts = ", ".join(_context(one) for one in shown.context)
         call = [f"with {contexts}:", *(f"    {line}" for line in call)]
@@ -224,7 +235,7 @@ def _compile_lines(config: JsonValue) -> list[str]:
     if not isinstance(config, Mapping):
         return []
     fields = dict(config)
-    lines = [f'compile_config = CompileConfig(mode="{fields.pop("mode")}")']
+    lines = [f"compile_config = CompileConfig(mode={json.dumps(fields.pop('mode'))})"]
     return [*lines, *(f"compile_config.{name} = {value}" for name, value in fields.items())]
 
 

@@ -29,11 +29,6 @@ def decision(plan: Plan, show: Show = one_line) -> str:
             return _undecided(plan, show)
 
 
-def least_difference(plan: Plan) -> float:
-    """Relative difference below which nothing is claimed: ε = max(1 %, twice the noise floor)."""
-    return max(0.01, 2 * plan.confidence.noise_floor)
-
-
 def _better(plan: Plan, show: Show) -> str:
     switch = f"Better: switch to {show(plan.winner.label)}"
     today = f"what you run today ({show(plan.incumbent.label)})"
@@ -54,7 +49,7 @@ def _tie(plan: Plan, show: Show) -> str:
     best = _best_other(plan)
     if best is None:
         return f"{keep}; nothing else was measured that could replace it."
-    least = numbers.percent(least_difference(plan))
+    least = numbers.percent(plan.confidence.epsilon)
     return (
         f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
         f"and differences under {least} are not claimed on this machine."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvat_report import numbers
-from kvat_report.decision import decision, least_difference
+from kvat_report.decision import decision
 from kvat_report.text import Markdown, escape
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ def _context(plan: Plan) -> dict[str, Any]:
     return {
         "plan": plan,
         "decision": Markdown(decision(plan, escape)),
-        "least_difference": least_difference(plan),
         "label": lambda candidate_id: labels.get(candidate_id, candidate_id),
         "ranking": sorted(plan.candidates, key=_rank),
         "roles": _roles(plan),

@@ -16,10 +16,11 @@ def apply(
     """Print or write the code that runs a plan's winner."""
     from kvat_core import read_plan, snippet
     from kvat_core.errors import UsageError
+    from kvat_core.outputs import SNIPPET
 
     if print_snippet == (write is not None):
         raise UsageError("kvat apply takes one of --print-snippet and --write FILE")
-    code = snippet(read_plan(plan))["snippet.py"]
+    code = snippet(read_plan(plan))[SNIPPET]
     if write is None:
         print(code, end="")
     else:

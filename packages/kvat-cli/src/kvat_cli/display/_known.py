@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from kvat_core import metrics
+from kvat_core.schema import Cell
 from kvat_report import numbers
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def rows(run: Run) -> list[Row]:
 
 
 def _row(run: Run, candidate: str, label: str, scenario: str) -> Row:
-    samples = [sample for sample in run.samples if (sample.candidate, sample.scenario) == (candidate, scenario)]
+    rounds = run.samples_of(Cell(candidate=candidate, scenario=scenario))
+    samples = [sample for samples in rounds.values() for sample in samples]
     failures = [failed.failure.kind for failed in run.failed if failed.cell.candidate == candidate]
     return Row(
         candidate=label,

@@ -11,6 +11,8 @@ class Deadlines(Record):
     start_s: float = 300.0
     """Spawn and import of the engine's libraries."""
     load_s: float = 600.0
+    download_s: float = 86_400.0
+    """Describing a model that may have to be fetched first."""
     first_call_s: float = 1800.0
     """First call of a cell, which may compile."""
     call_s: float = 1800.0

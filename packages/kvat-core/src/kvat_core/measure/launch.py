@@ -151,7 +151,7 @@ class _Launch:
 
     def _time(self, cell: Cell) -> None:
         recipe = self._prepare(cell)
-        for index in range(self._header.profile.warmup or recipe.warmup):
+        for index in range(recipe.warmup_calls(self._header.profile.warmup)):
             self._bench.announce(f"warming up {self._label(cell)}")
             self._decode(cell, index=-2 - index, phase="warm-up")
         for index in range(self._header.profile.samples):

@@ -26,6 +26,9 @@ STDERR_TAIL_BYTES = 2000
 GRACE_S = 10.0
 """Time a worker has to end by itself, and to obey SIGTERM, before it is killed."""
 
+_BOOTSTRAP = "import sys; sys.path[:] = filter(None, sys.path); from kvat_core.measure.worker import main; main()"
+"""Takes the current directory off the path first: a file there could pass for a library."""
+
 
 class WorkerFailed(Exception):
     """A request has no value.
@@ -82,11 +85,11 @@ class WorkerProcess:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvat_core.measure.worker"],
+            [sys.executable, "-c", _BOOTSTRAP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # Without the safe path, a file in the current directory could pass for a library.
+            # For whatever else the worker starts.
             env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
             start_new_session=True,
         )

@@ -1,7 +1,5 @@
 """The child process: one engine, one model, one request after the other.
 
-    python -m kvat_core.measure.worker
-
 Requests arrive on stdin and replies leave on stdout; before the engine is imported both are
 moved away, so that whatever the engine prints lands on stderr and whatever it reads is empty.
 """
@@ -44,7 +42,7 @@ class Worker:
         except MemoryError:
             return Reply(failure="oom_host", reason="the host ran out of memory")
         except Exception as error:
-            return Reply(failure="error", reason=_anonymous(error))
+            return Reply(failure="error", reason=_reason(request.operation, error))
 
     def _do(self, operation: messages.Operation, arguments: dict[str, Any]) -> Any:
         match operation:
@@ -64,8 +62,6 @@ class Worker:
                 return self.adapter.applied(self._prompt(arguments))
             case "decode":
                 return self.adapter.run_decode(self._prompt(arguments["prompt"]), arguments["max_new_tokens"])
-            case "prefill":
-                return self.adapter.run_prefill(self._prompt(arguments["prompt"]), arguments["max_new_tokens"])
             case "resources":
                 return self.adapter.measure_resources()
             case "cleanup":
@@ -89,10 +85,13 @@ class Worker:
         return self.adapter.make_prompt(spec.source, spec.tokens, spec.batch, spec.nonce)
 
 
-def _anonymous(error: Exception) -> str:
-    """Type and place of a foreign exception; its text may hold a prompt."""
+def _reason(operation: messages.Operation, error: Exception) -> str:
+    """What is told of a foreign exception: its text only while there is no prompt that it could hold."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    if operation in ("probe", "describe"):
+        return " ".join(f"{name}: {error}".split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__module__}.{type(error).__qualname__} at {PurePath(frame.filename).name}:{frame.lineno}"
+    return f"{name} at {PurePath(frame.filename).name}:{frame.lineno}"
 
 
 def _to_json(value: Any) -> JsonValue:
@@ -104,8 +103,17 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     worker = Worker()
     while head := source.read(messages.LENGTH_BYTES):
         request = Request.model_validate_json(source.read(messages.body_bytes(head)))
-        sink.write(messages.encode(worker.handle(request)))
+        sink.write(_encoded(worker.handle(request)))
         sink.flush()
+
+
+def _encoded(reply: Reply) -> bytes:
+    try:
+        return messages.encode(reply)
+    except messages.BadMessage as error:
+        return messages.encode(
+            Reply(failure="invalid_output", reason=f"the engine's answer is {error}, which is too long")
+        )
 
 
 def _die_with_the_parent() -> None:
@@ -127,7 +135,3 @@ def main() -> None:
     serve(source, sink)
     # The teardown of a large library takes a second that nobody needs: nothing is left to be saved.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,9 +29,19 @@ def usable_cores() -> int:
 def memory_bytes() -> int:
     """Main memory, or the smaller limit of this process's control group."""
     total: int = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file():
-        text = limit.read_text().strip()
-        if text.isdigit():
-            return min(total, int(text))
-    return total
+    limit = _cgroup_bytes("memory.max")
+    return total if limit is None else min(total, limit)
+
+
+def available_memory_bytes() -> int:
+    """Main memory that can still be had, within the limit of this process's control group."""
+    available: int = psutil.virtual_memory().available
+    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    return available if limit is None or used is None else min(available, max(0, limit - used))
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """A figure of the control group; None without one, or where it is unlimited."""
+    file = Path("/sys/fs/cgroup") / name
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None

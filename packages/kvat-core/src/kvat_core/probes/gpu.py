@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pynvml
 
 from kvat_core.schema import Gpu
+
+_Value = TypeVar("_Value")
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -14,15 +19,22 @@ def gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:
         return ()
     try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                driver=driver,
-            )
-            for handle in handles
-        )
+        driver = _known(pynvml.nvmlSystemGetDriverVersion)
+        return tuple(_gpu(index, driver) for index in range(_known(pynvml.nvmlDeviceGetCount) or 0))
     finally:
         pynvml.nvmlShutdown()
+
+
+def _gpu(index: int, driver: str | None) -> Gpu:
+    handle = _known(lambda: pynvml.nvmlDeviceGetHandleByIndex(index))
+    name = _known(lambda: str(pynvml.nvmlDeviceGetName(handle)))
+    memory_bytes = _known(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    return Gpu(name=name or "unknown", memory_bytes=memory_bytes, driver=driver)
+
+
+def _known(ask: Callable[[], _Value]) -> _Value | None:
+    """What the driver answers; None for what this card or driver does not tell."""
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return None

@@ -53,7 +53,7 @@ def _from_file(path: Path) -> Profile:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read profile {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"profile {path} is not JSON: {error}; see kvat schema profile") from error
     found = data.get("format") if isinstance(data, dict) else None
     if isinstance(found, int) and found > FORMAT:

@@ -22,8 +22,13 @@ class Machine(Record):
     device: str = Field(description="what was measured on, e.g. cpu, cuda:0, mps")
     cpu: str
     cores: int = Field(description="cores this process may use")
-    threads: int | None = Field(default=None, description="threads asked for; null = the engine's default")
+    threads: int | None = Field(
+        default=None, description="CPU threads that were used; null = not the engine's business"
+    )
     memory_bytes: int
+    device_memory_bytes: int | None = Field(
+        default=None, description="of the device measured on; null where it has none of its own"
+    )
     gpus: tuple[Gpu, ...] = ()
     os: str
     python: str

@@ -87,9 +87,8 @@ class Confidence(Record):
 
     level: Literal["high", "medium", "low"]
     probability: float = Field(description="that the winner is within ε of the best measured; never above 0.99")
-    noise_floor: float = Field(
-        description="relative spread between launches of one candidate; ε = max(1 %, twice this)"
-    )
+    noise_floor: float = Field(description="relative spread between launches of one candidate")
+    epsilon: float = Field(description="relative difference below which nothing is claimed: max(1 %, 2 × noise floor)")
 
 
 class PlanModel(Record):
@@ -184,7 +183,7 @@ def read_plan(path: Path) -> Plan:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read plan {path}: {error.strerror}; name a best_plan.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON; name a best_plan.json written by kvat tune") from error
     found = data.get("format") if isinstance(data, dict) else None
     if isinstance(found, int) and found > FORMAT:

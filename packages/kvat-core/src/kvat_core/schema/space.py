@@ -70,6 +70,12 @@ class Recipe(Record):
     warmup: int = Field(default=1, ge=1, description="untimed calls of the timed shape before the first sample")
     compiles: bool = False
 
+    def warmup_calls(self, asked: int | None) -> int:
+        """Warm-up calls when a profile asks for a number; what compiles is never warmed up less than it needs."""
+        if asked is None:
+            return self.warmup
+        return max(asked, self.warmup) if self.compiles else asked
+
     @property
     def load_key(self) -> str:
         """Candidates whose recipes share this key may share one launch."""

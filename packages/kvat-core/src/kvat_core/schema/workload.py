@@ -16,7 +16,9 @@ class Scenario(Record):
     prompt_tokens: int = Field(ge=1)
     output_tokens: int = Field(ge=2, description="at least 2: a decode rate needs a gap between two tokens")
     batch_size: int = Field(default=1, ge=1)
-    weight: float = Field(default=1.0, gt=0, description="share of this shape in the traffic, relative to the others")
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="share of this shape in the traffic, relative to the others"
+    )
 
     @property
     def key(self) -> str:
@@ -32,10 +34,10 @@ class Scenario(Record):
 class Objective(Record):
     """Weights of the score: each metric counts as a ratio to the incumbent, raised to its share."""
 
-    ttft: float = Field(default=0.0, ge=0, description="time to first token")
-    decode: float = Field(default=0.0, ge=0, description="decode tokens per second")
-    memory: float = Field(default=0.0, ge=0, description="peak of the memory that binds")
-    stability: float = Field(default=0.0, ge=0, description="p95 / p50 of the token gaps")
+    ttft: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="time to first token")
+    decode: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="decode tokens per second")
+    memory: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="peak of the memory that binds")
+    stability: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="p95 / p50 of the token gaps")
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -74,7 +76,12 @@ class Profile(Record):
         default=3, ge=1, le=100, description="loads of the model per candidate: the unit of replication"
     )
     samples: int = Field(default=3, ge=1, le=1000, description="timed calls per launch, candidate and scenario")
-    warmup: int | None = Field(default=None, ge=1, le=100, description="warm-up calls; null = the engine's own number")
+    warmup: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="warm-up calls, more where code is compiled; null = the engine's own number",
+    )
 
     @field_validator("scenarios")
     @classmethod
