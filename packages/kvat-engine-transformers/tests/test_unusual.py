@@ -80,7 +80,7 @@ def test_a_head_size_that_differs_by_layer_is_no_prediction(tmp_path: Path) -> N
 
 
 def test_without_a_cache_to_read_back_nothing_is_proven(prepared: Prepared, tmp_path: Path) -> None:
-    config = AutoConfig.for_model("mpt", vocab_size=512, d_model=64, n_layers=2, n_heads=4)
+    config = AutoConfig.for_model("xlnet", vocab_size=512, d_model=64, n_layer=2, n_head=4, d_inner=96)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     adapter, _ = prepared(str(tmp_path), SCENARIO, attention="eager")
     with pytest.raises(EngineError, match="hands back no cache") as caught:
