@@ -149,7 +149,7 @@ def types(session: nox.Session) -> None:
 
 
 def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> None:
-    """Run one suite out of a shared environment, the quick tests that need no accelerator."""
+    """Run one suite out of a shared environment, the tests that need no accelerator."""
     session.run(
         *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), folder(suite)),
         *session.posargs,
@@ -157,9 +157,9 @@ def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> No
     )
 
 
-def pytest_options(name: str, marks: str = "not slow and not gpu") -> list[str]:
+def pytest_options(name: str) -> list[str]:
     """Options of pytest that are the same in every session."""
-    return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml", "-m", marks]
+    return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml", "-m", "not gpu"]
 
 
 def folder(suite: str) -> str:
@@ -199,18 +199,6 @@ def example(session: nox.Session) -> None:
     session.install(*PINNED, *group("build"))
     session.install(*PINNED, *group("test"), *editable(source("kvat-core"), EXAMPLE))
     session.run("pytest", *pytest_options(session.name), f"{EXAMPLE}/tests")
-
-
-@nox.session(venv_backend="none", requires=[f"environment-{TORCH_PYTHON}"])
-@part
-def slow(session: nox.Session) -> None:
-    """Run the tests that take longer than CI should."""
-    suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
-    options = pytest_options(session.name, "slow and not gpu")
-    no_tests_collected = 5
-    session.run(
-        *(program("pytest"), *options, *suites), *session.posargs, external=True, success_codes=[0, no_tests_collected]
-    )
 
 
 @nox.session(python=TORCH_PYTHON)
@@ -305,7 +293,7 @@ def full(session: nox.Session) -> None:
     """Run what takes longer than CI should."""
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)
-    for name in (f"environment-{TORCH_PYTHON}", "slow", "minimums", "bench"):
+    for name in (f"environment-{TORCH_PYTHON}", "minimums", "bench"):
         session.notify(name)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/reproducibility.py [--pairs 10] [--out FILE]
 
-Two runs agree when their winners are the same, or when one names the other's winner, or an alias
+Two runs agree when their winners are the same, or when each names the other's winner, or an alias
 of it, among its equivalents. Shares are parts of the wall time of the whole command.
 """
 
@@ -87,8 +87,9 @@ def read_times(run: Run, wall_s: float) -> Times:
 
 def agreement(first: Plan, second: Plan) -> dict[str, bool]:
     """In which ways two plans say the same."""
-    named = [first.winner.id in as_good(second), second.winner.id in as_good(first)]
-    return {"agree": any(named), "same_winner": first.winner.id == second.winner.id, "both_named": all(named)}
+    same = first.winner.id == second.winner.id
+    both_named = first.winner.id in as_good(second) and second.winner.id in as_good(first)
+    return {"agree": same or both_named, "same_winner": same}
 
 
 def as_good(plan: Plan) -> set[str]:

@@ -30,7 +30,7 @@ def main() -> int:
     record = Record(options)
     with TemporaryDirectory() as parent:
         out = Path(parent) / "out"
-        tune(out, "--engine", "fake", "--profile", "ci-micro")
+        tune(out, "--engine", "transformers", "--model", "builtin:llama", "--profile", "ci-micro")
         commands = named_commands(out / PLAN)
         unwanted = {name: unwanted_imports(arguments) for name, arguments in commands.items()}  # and warms up
         rounds = [{name: seconds(arguments) for name, arguments in commands.items()} for _ in range(options.runs)]

@@ -12,10 +12,11 @@ An adapter package registers a subclass of `Engine` under the entry-point group
 import anything. **`EngineAdapter`** is the heavy half; it lives in a worker process.
 
 Life of a worker: one `load_model`; then, for each candidate and scenario,
-`prepare_cache(recipe)`, `applied(prompt)` once, `run_decode` for each warm-up and timed
-call, at times `run_prefill`, `measure_resources`; at the end one `cleanup`. All calls
-come from one thread, one at a time. Between two candidates nothing but
-`prepare_cache` is called, so it must undo everything the candidate before set.
+`prepare_cache(recipe)` and `applied(prompt)`; then, for each of them that is to be timed,
+`prepare_cache(recipe)` again and `run_decode` for each warm-up and timed call; at the end
+`measure_resources` and one `cleanup`. All calls come from one thread, one at a time.
+Between two candidates nothing but `prepare_cache` is called, so it must undo everything
+the candidate before set.
 
 Ownership: the adapter owns the model, its cache, and the prompts it made (core hands
 them back unread). Core owns time limits and processes: an adapter never forks a
