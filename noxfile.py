@@ -149,7 +149,7 @@ def types(session: nox.Session) -> None:
 
 
 def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> None:
-    """Run one suite out of a shared environment, the tests that need no accelerator."""
+    """Run one suite out of a shared environment."""
     session.run(
         *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), folder(suite)),
         *session.posargs,
@@ -159,7 +159,7 @@ def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> No
 
 def pytest_options(name: str) -> list[str]:
     """Options of pytest that are the same in every session."""
-    return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml", "-m", "not gpu"]
+    return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml"]
 
 
 def folder(suite: str) -> str:
