@@ -25,7 +25,7 @@ class TransformersEngine(Engine):
         return probe_device(device)
 
     def describe(self, model: ModelRef, device: str) -> ModelShape:
-        from kvat_engine_transformers.models import describe_model
+        from kvat_engine_transformers.description import describe_model
 
         return describe_model(model, device)
 

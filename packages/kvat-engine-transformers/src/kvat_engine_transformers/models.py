@@ -1,14 +1,11 @@
-"""From a model id to files, and from files to what kvat wants to know before loading them."""
+"""From a model id to files on this machine."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,31 +15,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvat_core.errors import UsageError
-from kvat_core.schema import ModelRef, ModelShape
-from kvat_engine_transformers.devices import free_bytes
-from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 
 _PACKAGE = Path(__file__).parent
-_SHAPES = _PACKAGE / "shapes"
+SHAPES = _PACKAGE / "shapes"
+"""Configurations of real models that come with this package, a directory each."""
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")
 """The same weights once more, in the form of other libraries."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -69,13 +53,13 @@ def random_path(name: str) -> Path:
     Raises:
         UsageError: there is neither.
     """
-    if len(Path(name).parts) == 1 and (_SHAPES / name / "config.json").is_file():
-        return _SHAPES / name
+    if len(Path(name).parts) == 1 and (SHAPES / name / "config.json").is_file():
+        return SHAPES / name
     if name and (Path(name) / "config.json").is_file():
         return Path(name)
     if len(Path(name).parts) > 1:
         raise UsageError(f"random:{name} needs a directory with a config.json; there is none")
-    return _named(_SHAPES, name, RANDOM)
+    return _named(SHAPES, name, RANDOM)
 
 
 def resolve(model_id: str, revision: str | None, allow_download: bool) -> Source:
@@ -94,42 +78,6 @@ def resolve(model_id: str, revision: str | None, allow_download: bool) -> Source
         raise UsageError(f"there is no directory {model_id}; name a model directory or a hub id")
     path = _hub_files(model_id, revision, allow_download)
     return Source("hub", path, revision=path.name)
-
-
-def describe_model(model: ModelRef, device: str) -> ModelShape:
-    """What the files tell without loading weights.
-
-    Raises:
-        UsageError: no such model, no model that generates text, or too large for the device.
-    """
-    source = resolve(model.id, model.revision, model.allow_download)
-    config = _read_config(model.id, source)
-    if source.kind != "random":
-        _require_safetensors(model.id, source.path)
-    text = config.get_text_config(decoder=True)
-    if not _known(text, "num_attention_heads"):
-        raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
-    dtype = _dtype(model.id, config, source)
-    skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
-    weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
-    _require_memory(model.id, weight_bytes, device)
-    return ModelShape(
-        architecture=str(config.model_type),
-        layers=text.num_hidden_layers,
-        attention=_attention_kinds(text),
-        kv_heads=_kv_heads(text),
-        head_dim=_head_dim(text),
-        sliding_window=_window(text),
-        max_context_tokens=_longest_position(text),
-        dtype=dtype,
-        weight_bytes=weight_bytes,
-        weights="random" if source.kind == "random" else "checkpoint",
-        revision=source.revision,
-        local=source.kind == "directory" or (source.kind == "random" and source.path.parent != _SHAPES),
-        sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
-        has_tokenizer=load_tokenizer(source) is not None,
-        facts={"sdpa": without_sdpa},
-    )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
@@ -175,147 +123,3 @@ def _hub_files(model_id: str, revision: str | None, allow_download: bool) -> Pat
             raise UsageError(f"{named} cannot be downloaded; check the connection to the hub") from error
         raise UsageError(f"{named} is not on this machine; add --allow-download to fetch it") from error
     return Path(found)
-
-
-def _read_config(model_id: str, source: Source) -> PreTrainedConfig:
-    file = source.path / "config.json"
-    if not file.is_file():
-        raise UsageError(f"{model_id} has no config.json; name a directory or repository of a Transformers model")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        _require_text_generation(model_id, data)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"the config.json of {model_id} cannot be read: {type(error).__name__}") from error
-    return config
-
-
-def _require_text_generation(model_id: str, config: dict[str, Any]) -> None:
-    model_type, architectures = str(config.get("model_type")), config.get("architectures") or []
-    if model_type not in CONFIG_MAPPING:
-        if "auto_map" in config:
-            raise UsageError(f"{model_id} needs code from its repository, which kvat never runs; choose another model")
-        raise UsageError(f"this version of transformers does not know the model type {model_type} of {model_id}")
-    if config.get("is_encoder_decoder"):
-        raise UsageError(f"{model_id} is an encoder-decoder; kvat tunes decoder-only models")
-    generating: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    names = generating if isinstance(generating, (tuple, list)) else (generating,)
-    if generating is None or (architectures and not set(architectures) & set(names)):
-        what = architectures[0] if architectures else model_type
-        raise UsageError(f"{model_id} is a {what}, which does not generate text; choose a causal language model")
-    if "quantization_config" in config:
-        raise UsageError(f"{model_id} is a quantised checkpoint; choose one in float32, bfloat16 or float16")
-
-
-def _require_safetensors(model_id: str, path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (path / shard).is_file())
-        if missing:
-            raise UsageError(f"{model_id} lacks {len(missing)} of {len(shards)} weight files; fetch it completely")
-    elif not (path / "model.safetensors").is_file():
-        if any(path.glob("*.bin")):
-            raise UsageError(f"{model_id} has pickled weights only, which may run code; convert it to safetensors")
-        raise UsageError(f"{model_id} has no model.safetensors; fetch its weights")
-
-
-def _dtype(model_id: str, config: PreTrainedConfig, source: Source) -> str:
-    """What Transformers loads if nobody says otherwise: the config's dtype, else that of the weights."""
-    if config.dtype is not None:
-        name = str(config.dtype).removeprefix("torch.")
-    else:
-        name = "float32" if source.kind == "random" else _first_dtype(source.path)
-    if name not in DTYPES:
-        raise UsageError(f"{model_id} has weights in {name}; choose a checkpoint in one of: {', '.join(DTYPES)}")
-    return name
-
-
-def _first_dtype(path: Path) -> str:
-    """Dtype of the first floating-point tensor of a checkpoint."""
-    with safe_open(min(path.glob("model*.safetensors")), framework="pt") as file:
-        found = (str(file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118 - not a mapping
-        dtype = next((one for one in found if not one.startswith(("I", "U", "BOOL"))), "no floating-point type")
-    return _SAFETENSORS_DTYPES.get(dtype, dtype)
-
-
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
-    """The model without memory for its weights, and why its attention cannot be SDPA, or None.
-
-    As Transformers does where nobody chooses: SDPA is tried, and eager taken where the architecture lacks it.
-    """
-    with torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), None
-        except ValueError:
-            eager = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-            return eager, f"Transformers has no SDPA for the architecture {config.model_type}"
-
-
-def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
-    free = free_bytes(device)
-    if weight_bytes > free:
-        raise UsageError(
-            f"{model_id} has {weight_bytes / 2**30:.1f} GiB of weights and {device} {free / 2**30:.1f} GiB free; "
-            "choose a smaller model"
-        )
-
-
-def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
-    layers: int = text.num_hidden_layers
-    if _latent(text):
-        return tuple("other" for _ in range(layers))
-    kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
-    default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
-    names = getattr(text, "layer_types", None) or [default] * layers
-    return tuple(kinds.get(name, "other") for name in names)
-
-
-def _window(text: PreTrainedConfig) -> int | None:
-    return getattr(text, "sliding_window", None) if "sliding" in _attention_kinds(text) else None
-
-
-def _longest_position(text: PreTrainedConfig) -> int | None:
-    """None where positions have no limit, which some configs write as a missing and some as a negative number."""
-    limit: int | None = getattr(text, "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None
-
-
-def _kv_heads(text: PreTrainedConfig) -> int | None:
-    if (
-        _latent(text)
-        or hasattr(text, "multi_query")  # one head or all of them, by rules of its own
-        or _differs_by_layer(text, "num_key_value_heads")
-        or _differs_by_layer(text, "num_attention_heads")
-    ):
-        return None
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-
-
-def _head_dim(text: PreTrainedConfig) -> int | None:
-    if _latent(text) or _differs_by_layer(text, "head_dim"):
-        return None
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def _latent(text: PreTrainedConfig) -> bool:
-    """Whether keys and values are kept as a common projection, whose size heads do not tell."""
-    return hasattr(text, "kv_lora_rank")
-
-
-def _known(text: PreTrainedConfig, name: str) -> bool:
-    return _differs_by_layer(text, name) or getattr(text, name, None) is not None
-
-
-def _differs_by_layer(text: PreTrainedConfig, name: str) -> bool:
-    """Such a value cannot be read from the config as a whole: Transformers raises."""
-    return name in (getattr(text, "per_layer_attributes", None) or ())
-
-
-def _digest(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                sha256.update(block)
-    return sha256.hexdigest()
