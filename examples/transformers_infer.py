@@ -75,6 +75,8 @@ def _token_ids(text: str, tokenizer: Any) -> Any:
     import torch
 
     ids = tokenizer(text)["input_ids"] if tokenizer else list(text.encode())
+    if not ids:
+        sys.exit("error: the model's tokenizer makes no tokens of this text")
     return torch.tensor([ids])
 
 

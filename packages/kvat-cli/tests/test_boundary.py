@@ -78,7 +78,7 @@ def test_bad_input_in_a_process_of_its_own(kvat_process: Run) -> None:
         (
             KeyboardInterrupt(),
             130,
-            "kvat: interrupted; the journal keeps what was measured, there is no plan\n",
+            "kvat: interrupted; no plan is written, what had been measured is in the journal\n",
         ),
     ],
 )

@@ -149,6 +149,16 @@ def test_the_wall_time_is_split(kvat: Run, tuned: Path, monkeypatch: pytest.Monk
     assert outcome.err == "kvat: warning: report 'x' is broken\n"
 
 
+def test_the_next_step_names_the_directory_that_a_plan_does_not(
+    kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = read_plan(tuned / "best_plan.json")
+    local = plan.model.model_copy(update={"id": "random:./mine"})
+    monkeypatch.setattr(tuner, "tune", lambda *_: result_of(tuned, model=local))
+    shown = kvat("tune", "--model", "random:/some where/mine").out
+    assert f"\n  python {tuned / 'snippet.py'} '/some where/mine' " in shown
+
+
 def test_a_renderer_s_complaint_is_not_swallowed_by_json(
     kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,16 @@ def test_a_broken_profile_is_one_line(tmp_path: Path, text: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_changed_preset_needs_a_name_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    preset = presets()["ci-micro"]
+    path.write_text(preset.model_dump_json())
+    assert load_profile(str(path)) == preset
+    path.write_text(preset.model_copy(update={"samples": 2}).model_dump_json())
+    with pytest.raises(UsageError, match="has the name of the preset ci-micro and is another one; rename it"):
+        load_profile(str(path))
+
+
 def test_an_unknown_profile_lists_the_known() -> None:
     with pytest.raises(UsageError, match="unknown profile 'chat'; use one of chat-agent, ci-micro, longform, rag"):
         load_profile("chat")

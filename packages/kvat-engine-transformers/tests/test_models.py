@@ -162,6 +162,13 @@ def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
         TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
+def test_weights_of_another_config_say_what_to_do(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "model", intermediate_size=96)
+    extra = {"revision": None, "threads": 1, "compile": "off"}
+    with pytest.raises(EngineError, match="the weights do not have the shapes"):
+        TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
+
+
 @pytest.mark.parametrize(
     ("model_id", "message"),
     [

@@ -114,6 +114,13 @@ def test_a_local_model_is_named_by_its_last_part_and_its_snippet_takes_the_path(
     assert plan.model.id == "./tiny"
     assert str(tiny_directory.parent) not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     assert len(lines(tmp_path / "out" / "snippet.py", str(tiny_directory))) == 2
+    astray = subprocess.run(
+        [sys.executable, "out/snippet.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert astray.returncode == 1
+    assert astray.stderr == (
+        "there is no directory ./tiny; say where the model is: python snippet.py MODEL_DIRECTORY\n"
+    )
 
 
 def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path) -> None:
@@ -129,6 +136,8 @@ def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> Non
     profile = QUICK.model_copy(update={"scenarios": QUICK.scenarios[:1], "launches": 1})
     plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default", profile=profile)
     assert plan.winner.settings["compile"] == "default"
+    assert any("another length compiles again" in note for note in plan.notes)
+    assert "The first call compiles" in (tmp_path / "out" / "snippet.py").read_text()
     assert plan.candidates[0].state == "ok"
     assert len(lines(tmp_path / "out" / "snippet.py")) == 1
 

@@ -21,6 +21,13 @@ def test_better_names_winner_ratio_with_interval_and_incumbent(make_plan: Callab
     )
 
 
+def test_a_switch_to_the_defaults_says_what_changes(make_plan: Callable[..., Plan]) -> None:
+    defaults = {"id": "bbbbbbbbbb", "label": "default", "settings": {"cache": "static"}}
+    assert decision(make_plan(winner=defaults)).startswith(
+        "Better: switch to the engine's defaults (cache=static), whose score is 1.41×"
+    )
+
+
 def test_better_than_an_incumbent_that_failed(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan()
     (incumbent,) = only(plan, "aaaaaaaaaa")

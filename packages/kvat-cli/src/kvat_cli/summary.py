@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvat_core.tuner import TuneResult
 
 
-def print_summary(result: TuneResult) -> None:
+def print_summary(result: TuneResult, model: str | None) -> None:
     """Decision, figures, settings, files, next steps and time."""
     plan = result.plan
     print(decision(plan))
@@ -27,7 +27,7 @@ def print_summary(result: TuneResult) -> None:
     if plan.notes:
         _print_block("Notes:", [(note,) for note in plan.notes])
     _print_block("Files:", [(str(path),) for path in result.files])
-    _print_block("Next:", _next(result))
+    _print_block("Next:", _next(result, model))
     print("\n" + _times(result))
 
 
@@ -58,11 +58,13 @@ def _settings(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _next(result: TuneResult) -> list[tuple[str, str]]:
+def _next(result: TuneResult, model: str | None) -> list[tuple[str, str]]:
     """What is usually done with a plan, ready to be pasted."""
     snippet, plan = (shlex.quote(str(result.out / name)) for name in (SNIPPET, PLAN))
+    scheme, local, _ = result.plan.model.id.partition("./")
+    where = [shlex.quote(model.removeprefix(scheme))] if local and model else []
     return [
-        (f"python {snippet}", "measure the winner again"),
+        (" ".join(["python", snippet, *where]), "measure the winner again"),
         (f"kvat apply --plan {plan} --write FILE", "write the code that runs it"),
     ]
 

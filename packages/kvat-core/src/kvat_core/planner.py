@@ -34,6 +34,10 @@ RANDOM_WEIGHTS_NOTE = (
     "the weights are random: speed and memory are representative of the architecture, output and fidelity are not, "
     "nor is the load time"
 )
+COMPILES_NOTE = (
+    "the winner compiles code: its first call takes far longer than the figures say, which are for one prompt length "
+    "at a time, and another length compiles again"
+)
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
@@ -46,7 +50,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     """
     decision = decide(run)
     if decision is None:
-        raise _no_winner(run, journal.file)
+        raise _no_winner(run)
     header = run.header
     return Plan(
         kvat=header.kvat,
@@ -67,7 +71,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         confidence=decision.confidence,
         equivalents=decision.equivalents,
         metrics=_winner_metrics(run, decision.winner),
-        notes=_notes(header, run),
+        notes=_notes(header, run, decision.winner),
         candidates=tuple(_result(run, entry, decision) for entry in run.candidates),
         journal=journal,
     )
@@ -78,7 +82,7 @@ def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
     return f"{scheme}./{PurePath(model_id.removeprefix(scheme)).name}" if local else model_id
 
 
-def _no_winner(run: Run, journal: str) -> AllFailed | NothingFeasible:
+def _no_winner(run: Run) -> AllFailed | NothingFeasible:
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
     if measured:
         return NothingFeasible(
@@ -86,9 +90,7 @@ def _no_winner(run: Run, journal: str) -> AllFailed | NothingFeasible:
         )
     kinds = sorted({failed.failure.kind for failed in run.failures.values()})
     first = next((failed.failure.reason for failed in run.failures.values()), "nothing was measured")
-    return AllFailed(
-        f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}; {journal} tells of each"
-    )
+    return AllFailed(f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}")
 
 
 def _choice(run: Run, candidate_id: str) -> Choice:
@@ -96,10 +98,12 @@ def _choice(run: Run, candidate_id: str) -> Choice:
     return Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
 
 
-def _notes(header: Header, run: Run) -> tuple[str, ...]:
+def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes = list(header.notes)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
+    if any(entry.candidate.id == winner and entry.candidate.compiles for entry in run.candidates):
+        notes.append(COMPILES_NOTE)
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)

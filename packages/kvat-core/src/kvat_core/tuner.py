@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvat_core import discovery, machine, outputs, profiles, prompts, space
 from kvat_core.engine import Engine, Probe, SpaceRequest
-from kvat_core.errors import UsageError
+from kvat_core.errors import AllFailed, UsageError
 from kvat_core.journal import Journal, journal_sha256, read_journal
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.launch import Bench, OpenWorker, carry_out
@@ -50,7 +50,7 @@ DEFAULT_PROFILE_NOTE = (
 class TuneRequest:
     """What to tune, on what, for which traffic, and how widely to search. Defaults as on the command line."""
 
-    out: Path | None = None
+    out: Path | str | None = None
     """Directory for the results; None = kvat-out/<model>-<profile>."""
     engine: str | None = None
     """None = the one the model names, or the only one installed."""
@@ -140,7 +140,7 @@ def tune(
     model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)
     source = prompts.resolve(profile.prompt)
-    out = request.out or _default_out(engine, model.id, profile.name)
+    out = Path(request.out or _default_out(engine, model.id, profile.name))
     outputs.check_out(out, request.force)
     display = _Display(on_progress, started)
     fetching = ", and fetching what is missing" if request.allow_download else ""
@@ -166,7 +166,6 @@ def tune(
 
     outputs.open_out(out, request.force)
     run = Run(header)
-    display.run = run
     with Journal(out / outputs.JOURNAL) as journal:
 
         def record(event: Event) -> None:
@@ -179,6 +178,7 @@ def tune(
         for entry in entries:
             record(entry)
         search = Grid({cell: recipe.load_key for cell, recipe in recipes.items()}, request.seed)
+        display.run = run
         bench = Bench(
             run=run,
             recipes=recipes,
@@ -316,7 +316,10 @@ def _write_outputs(out: Path, started: float) -> TuneResult:
     path = out / outputs.JOURNAL
     run = Run.from_events(read_journal(path))
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
-    plan = make_plan(run, ref)
+    try:
+        plan = make_plan(run, ref)
+    except AllFailed as error:
+        raise AllFailed(f"{error}; {path} tells of each") from error
     files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
     reports, warnings = discovery.reports()
     try:

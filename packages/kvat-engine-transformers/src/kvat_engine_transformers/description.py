@@ -66,7 +66,9 @@ def _read_config(model_id: str, source: Source) -> PreTrainedConfig:
         _require_text_generation(model_id, data)
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"the config.json of {model_id} cannot be read: {type(error).__name__}") from error
+        raise UsageError(
+            f"the config.json of {model_id} cannot be read ({type(error).__name__}); fetch it again"
+        ) from error
     return config
 
 

@@ -16,7 +16,7 @@ def translated() -> Iterator[None]:
     """Turn what torch raises into an `EngineError` where its meaning is known.
 
     Raises:
-        EngineError: out of memory, damaged weights, a kernel that cannot serve this call, a missing
+        EngineError: out of memory, damaged or wrong weights, a kernel that cannot serve this call, a missing
             compiler, or a device that is broken for the rest of the process.
     """
     try:
@@ -43,6 +43,8 @@ def _known(error: RuntimeError) -> EngineError | None:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
     if "No available kernel" in text:
         return EngineError("unsupported", "the forced attention kernel is not available on this device")
+    if "ignore_mismatched_sizes" in text:
+        return EngineError("error", "the weights do not have the shapes that config.json says; fetch both again")
     if "No working C++ compiler" in text:
         return EngineError("unsupported", "torch.compile found no working C++ compiler; install g++ or set CXX")
     if "Cannot find a working triton" in text:

@@ -29,7 +29,7 @@ import os
 {sys_import}import time
 from statistics import median
 
-# Read when the libraries are imported, so it comes before them.
+# Read when the libraries are imported, so it comes before them. This process fetches nothing.
 os.environ.update({environment})
 
 import torch
@@ -53,7 +53,7 @@ def generate(model, input_ids, max_new_tokens, **options):
     """Generate greedily, as it was measured; every call has a cache of its own.
 
     `options` go to `model.generate` and come before what was measured: an attention mask for padded
-    prompts, for example, or `do_sample=True`.
+    prompts, for example, or `do_sample=True`.{compiles}
     """
 {generate_body}
 
@@ -89,7 +89,7 @@ def measure(model, prompt_tokens, output_tokens, batch_size):
 
 def main():
     """Print one line per scenario."""
-    model = load({load_call})
+{check}    model = load({load_call})
     for prompt_tokens, output_tokens, batch_size in SCENARIOS:
 {reset}        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
         shape = f"prompt_tokens={{prompt_tokens}} output_tokens={{output_tokens}} batch_size={{batch_size}}"
@@ -102,6 +102,15 @@ if __name__ == "__main__":
 
 _RANDOM_NOTE = """
 The weights are random: text is meaningless, speed and memory are those of the architecture.
+"""
+
+_COMPILES = """ The first call compiles, and so does the first one of another
+    length; what was measured is one length at a time, compiled."""
+
+_CHECK = """\
+    directory = sys.argv[1] if len(sys.argv) > 1 else MODEL
+    if not os.path.isdir(directory):
+        sys.exit(f"there is no directory {directory}; say where the model is: python snippet.py MODEL_DIRECTORY")
 """
 
 _RESET = """\
@@ -134,12 +143,14 @@ def render(plan: Plan) -> str:
         sys_import="import sys\n" if local else "",
         load_example="MODEL_DIRECTORY" if local else "",
         load_parameter="model=MODEL" if local else "",
-        load_call="*sys.argv[1:2]" if local else "",
+        load_call="directory" if local else "",
+        check=_CHECK if local else "",
         environment=_literal(shown.environment),
         imports="\n".join(_imports(plan.model.id, shown)),
         model_constant=_model_constant(path if local else plan.model.id, local),
         scenarios=_scenarios(scenarios),
         reset=_RESET if shown.compiles else "",
+        compiles=_COMPILES if shown.compiles else "",
         threads=plan.machine.threads,
         load_body="\n".join(_load_body(plan.model, local, shown)),
         generate_body="\n".join(_generate_body(shown)),

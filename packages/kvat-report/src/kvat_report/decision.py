@@ -30,11 +30,19 @@ def decision(plan: Plan, show: Show = one_line) -> str:
 
 
 def _better(plan: Plan, show: Show) -> str:
-    switch = f"Better: switch to {show(plan.winner.label)}"
+    switch = f"Better: switch to {_winner(plan, show)}"
     today = f"what you run today ({show(plan.incumbent.label)})"
     if plan.ratio is None:
         return f"{switch}; {today} has no figures to compare with{_why_no_figures(plan, show)}."
     return f"{switch}, whose score is {numbers.ratio(plan.ratio.score)} that of {today}."
+
+
+def _winner(plan: Plan, show: Show) -> str:
+    if plan.winner.label != "default":
+        return show(plan.winner.label)
+    today = plan.incumbent.settings
+    changes = (f"{knob}={value}" for knob, value in plan.winner.settings.items() if today.get(knob) != value)
+    return f"the engine's defaults ({show(' '.join(changes))})"
 
 
 def _why_no_figures(plan: Plan, show: Show) -> str:

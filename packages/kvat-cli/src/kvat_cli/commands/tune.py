@@ -81,4 +81,4 @@ def tune(
     if as_json:
         print(result.plan.model_dump_json(indent=2))
     elif not quiet:
-        print_summary(result)
+        print_summary(result, model)

@@ -59,8 +59,11 @@ def _from_file(path: Path) -> Profile:
     if isinstance(found, int) and found > FORMAT:
         raise UsageError(f"profile {path} has format {found}, this kvat reads up to {FORMAT}; upgrade kvat-core")
     try:
-        return Profile.model_validate(data)
+        profile = Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise UsageError(f"profile {path}: {where}: {first['msg']}; see kvat schema profile") from error
+    if profile != presets().get(profile.name, profile):
+        raise UsageError(f"profile {path} has the name of the preset {profile.name} and is another one; rename it")
+    return profile

@@ -1,0 +1,26 @@
+"""The page on settings names what the engine has."""
+
+import re
+from pathlib import Path
+
+from kvat_core.engine import Probe, SpaceRequest
+from kvat_core.schema import ModelShape
+from kvat_engine_transformers import TransformersEngine
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+
+
+def rows() -> dict[str, set[str]]:
+    """Values by knob, from the first two columns of the table; an empty first cell continues the knob above."""
+    found: dict[str, set[str]] = {}
+    knob = ""
+    for first, second in re.findall(r"^\| ([^|]*)\| ([^|]*)\|", PAGE.read_text(), re.MULTILINE):
+        knob = first.strip().strip("`") or knob
+        found.setdefault(knob, set()).update(re.findall(r"`([^`]+)`", second))
+    return {knob: values for knob, values in found.items() if values}
+
+
+def test_every_knob_and_value_is_on_the_page_and_no_other() -> None:
+    shape = ModelShape(architecture="llama", layers=1, attention=("full",), dtype="bfloat16")
+    knobs = TransformersEngine().space(shape, Probe(device="cpu", versions={}), SpaceRequest(space="full"))
+    assert rows() == {knob.name: {value.name for value in knob.values} for knob in knobs}
