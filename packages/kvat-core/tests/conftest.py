@@ -11,6 +11,7 @@ import pytest
 from pydantic import JsonValue
 from typing_extensions import Self
 
+from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.messages import Operation, Reply, Request
 from kvat_core.measure.supervisor import value_or_raise
 from kvat_core.measure.worker import Worker
@@ -40,11 +41,13 @@ from kvat_core.schema import (
 class InProcessWorker:
     """The worker's own code in this process; JSON crosses as it does over the pipe."""
 
+    pid = None
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
         self._worker = Worker()
 
-    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, timeout_s: float) -> JsonValue:
+    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, limits: Limits) -> JsonValue:
         crossed = Request.model_validate_json(Request(operation=operation, arguments=arguments).model_dump_json())
         reply = Reply.model_validate(json.loads(self._worker.handle(crossed).model_dump_json()))
         return value_or_raise(reply, phase)

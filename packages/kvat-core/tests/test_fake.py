@@ -68,7 +68,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
         recipe = recipe_of(engine, behaviour, settings)
         for name, value in recipe.environment.items():
             monkeypatch.setenv(name, value)
-        adapter = engine.adapter()
+        adapter = engine.adapter(Path())
         adapter.load_model(**recipe.load)  # type: ignore[arg-type]
         adapter.prepare_cache(recipe)
         return adapter, recipe
@@ -356,10 +356,11 @@ def suspect_process(engine: Engine, behaviour: str) -> subprocess.Popen[str]:
     """A process that announces the suspect's timed call and makes it."""
     recipe = recipe_of(engine, behaviour, SUSPECT[engine.name])
     program = f"""
+from pathlib import Path
 from kvat_core.fake import {type(engine).__name__}
 from kvat_core.schema import PromptSource, Recipe
 recipe = Recipe.model_validate_json({recipe.model_dump_json()!r})
-adapter = {type(engine).__name__}().adapter()
+adapter = {type(engine).__name__}().adapter(Path())
 adapter.load_model(**recipe.load)
 adapter.prepare_cache(recipe)
 prompt = adapter.make_prompt(PromptSource(kind="text", value="a b c"), 64, 1, 1)

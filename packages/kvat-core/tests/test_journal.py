@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvat_core.errors import JournalDamaged
-from kvat_core.journal import Journal, read_journal
+from kvat_core.journal import create_journal, read_journal
 from kvat_core.run import Run
 from kvat_core.schema import Event
 
@@ -19,7 +19,7 @@ MakeRun = Callable[..., Run]
 
 def write(path: Path, run: Run) -> list[Event]:
     events: list[Event] = [run.header, *run.candidates, *run.proofs, *run.samples]
-    with Journal(path) as journal:
+    with create_journal(path) as journal:
         for event in events:
             journal.append(event)
     return events
@@ -37,7 +37,7 @@ def test_everything_written_is_read_again(tmp_path: Path, run: Run) -> None:
 
 def test_every_record_is_on_disk_at_once(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with create_journal(path) as journal:
         journal.append(run.header)
         assert list(read_journal(path)) == [run.header]
 
@@ -46,7 +46,7 @@ def test_a_journal_is_never_overwritten(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text("what was there")
     with pytest.raises(FileExistsError):
-        Journal(path)
+        create_journal(path)
     assert path.read_text() == "what was there"
 
 

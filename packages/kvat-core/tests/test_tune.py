@@ -37,7 +37,7 @@ def by_label(plan: Plan) -> dict[str, CandidateResult]:
 
 
 def tuned(out: Path, **request: Any) -> TuneResult:
-    deadlines = Deadlines(first_call_s=20, call_s=5)
+    deadlines = Deadlines(first_token_s=3)
     return tune(TuneRequest(**{"out": out, "profile": "ci-micro", **request}), deadlines=deadlines)
 
 
@@ -86,12 +86,12 @@ def test_all_candidates_of_a_block_see_the_same_prompts_and_no_two_samples_do(
             super().__init__(environment)
             self.number = next(workers)
 
-        def call(self, operation: Any, arguments: Any, phase: str, timeout_s: float) -> Any:
+        def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
             if operation == "prepare":
                 self.settings = json.dumps([arguments["setup"], arguments["arguments"]])
             if phase == "sample":
                 nonces.setdefault((self.settings, self.number), []).append(arguments["prompt"]["nonce"])
-            return super().call(operation, arguments, phase, timeout_s)
+            return super().call(operation, arguments, phase, limits)
 
     tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), open_worker=Recording)
     blocks = {worker: [seen for (_, one), seen in nonces.items() if one == worker] for _, worker in nonces}
@@ -113,8 +113,8 @@ def test_an_adapter_that_answers_nonsense_costs_no_run(
     class Senseless(in_process_worker):
         suspect = False
 
-        def call(self, asked: Any, arguments: Any, phase: str, timeout_s: float) -> Any:
-            value = super().call(asked, arguments, phase, timeout_s)
+        def call(self, asked: Any, arguments: Any, phase: str, limits: Any) -> Any:
+            value = super().call(asked, arguments, phase, limits)
             if asked == "prepare":
                 self.suspect = arguments["setup"]["kernel"] == "eager"
             if asked == "cleanup" == operation:

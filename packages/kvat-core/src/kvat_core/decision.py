@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Literal
 
 from kvat_core import scoring, stats
-from kvat_core.run import Run
+from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import Confidence, Ratio, Ratios, Verdict
 
 MIN_DIFFERENCE = 0.01
@@ -145,9 +145,10 @@ def _confidence(field: _Field, winner: str) -> Confidence:
     doubt = sum(stats.probability_above(field.log_ratios(rival, winner), threshold) for rival in rivals)
     probability = min(MAX_PROBABILITY, max(0.0, 1.0 - doubt))
     blocks = len(field.utilities[winner].score)
+    steady = all(field.run.rejected_share(name) <= MAX_REJECTED for name in {winner, field.run.incumbent})
     level: Literal["high", "medium", "low"] = "low"
-    if probability >= 0.95 and blocks >= 6:
+    if steady and probability >= 0.95 and blocks >= 6:
         level = "high"
-    elif probability >= 0.80 and blocks >= 2:
+    elif steady and probability >= 0.80 and blocks >= 2:
         level = "medium"
     return Confidence(level=level, probability=probability, noise_floor=field.noise_floor, epsilon=field.epsilon)

@@ -9,14 +9,16 @@ An adapter package registers a subclass of `Engine` under the entry-point group
 **`Engine`** is the light half. Importing its module must import nothing heavy, because
 `kvat engines` and the supervising process do it; they never run a model. Its methods
 `probe` and `describe` are called in one short-lived child process per run and may
-import anything. **`EngineAdapter`** is the heavy half; it lives in a worker process.
+import anything. `probe` is called again in a new child when several candidates have failed in a row, to
+see whether the device still works. **`EngineAdapter`** is the heavy half; it lives in a
+worker process.
 
 Life of a worker: one `load_model`; then, for each candidate and scenario,
-`prepare_cache(recipe)` and `applied(prompt)`; then, for each of them that is to be timed,
-`prepare_cache(recipe)` again and `run_decode` for each warm-up and timed call; at the end
-`measure_resources` and one `cleanup`. All calls come from one thread, one at a time.
-Between two candidates nothing but `prepare_cache` is called, so it must undo everything
-the candidate before set.
+`prepare_cache(recipe)`, one `run_decode` if the recipe compiles, and `applied(prompt)`;
+then, for each of them that is to be timed, `prepare_cache(recipe)` again, `run_decode`
+for each warm-up and timed call, and `measure_resources`; at the end one `cleanup`. All
+calls come from one thread, one at a time, but for `tokens_seen`. Between two candidates
+nothing but `prepare_cache` is called, so it must undo everything the candidate before set.
 
 Ownership: the adapter owns the model, its cache, and the prompts it made (core hands
 them back unread). Core owns time limits and processes: an adapter never forks a
@@ -32,6 +34,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue
@@ -83,6 +86,8 @@ class Probe(Record):
     """CPU threads that the engine uses if nobody says otherwise; None where that is not its business."""
     device_memory_bytes: int | None = None
     """Memory of that device, where it has one of its own."""
+    device_uuid: str | None = None
+    """NVIDIA's name of that device, e.g. ``GPU-…``, by which its driver is asked; None for other devices."""
     versions: dict[str, str]
     """Distribution name to version, of everything that may change the figures."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
@@ -93,6 +98,8 @@ class SpaceRequest(Record):
     """How wide the user wants to search."""
 
     space: Space
+    threads: int | None = None
+    """CPU threads that the user asked for; None = nobody did."""
 
 
 class Engine(ABC):
@@ -109,13 +116,13 @@ class Engine(ABC):
 
     @abstractmethod
     def probe(self, device: str | None) -> Probe:
-        """Find out what can run here (in a child process).
+        """Find out what can run here, and compute something small on the device (in a child process).
 
         Args:
             device: device asked for, None for the best one present.
 
         Raises:
-            UsageError: that device is unknown or not there.
+            UsageError: that device is unknown, not there, or does not work.
         """
 
     @abstractmethod
@@ -146,8 +153,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def adapter(self) -> EngineAdapter:
-        """A new heavy half; called only in a worker."""
+    def adapter(self, scratch: Path) -> EngineAdapter:
+        """A new heavy half; called only in a worker.
+
+        Args:
+            scratch: directory that the workers of a run share, empty at its start and gone after its end, for caches
+                that must neither come from an earlier run nor outlive this one, such as those of a compiler.
+        """
 
     def instrument(self) -> Sequence[str]:
         """What a timed call adds to the recipe, one line each; listed in the journal."""
@@ -184,7 +196,7 @@ class EngineAdapter(ABC):
 
     @abstractmethod
     def prepare_cache(self, strategy: Recipe) -> None:
-        """Return to the state after load, then set up this recipe for the calls that follow."""
+        """Return to the state after load, forget peaks, then set up this recipe for the calls that follow."""
 
     @abstractmethod
     def run_decode(self, prompt: Prompt, max_new_tokens: int) -> Timeline:
@@ -192,6 +204,14 @@ class EngineAdapter(ABC):
 
         Returns a timeline whose counts are what really happened; core rejects wrong ones.
         """
+
+    def tokens_seen(self) -> int | None:
+        """Tokens per prompt that the running `run_decode` has delivered; 0 from its start on.
+
+        Called from another thread, once a second, while the call runs: it has to return at once and take no lock.
+        None where single tokens cannot be seen; such an engine can be ended only by the deadline of a whole call.
+        """
+        return None
 
     @abstractmethod
     def run_prefill(self, prompt: Prompt, max_new_tokens: int = 0) -> Timeline:
@@ -203,7 +223,7 @@ class EngineAdapter(ABC):
 
     @abstractmethod
     def measure_resources(self) -> Resources:
-        """Peak memory since the model was loaded, and which processes were counted."""
+        """Peak memory since the last `prepare_cache`, and which processes were counted."""
 
     @abstractmethod
     def cleanup(self) -> None:

@@ -30,3 +30,17 @@ class AllFailed(KvatError):
 
 class JournalDamaged(KvatError):
     """A journal whose records do not verify; nothing is read from it and nothing is changed."""
+
+
+class CannotWrite(KvatError):
+    """A result cannot be written, e.g. because the disk is full; what had been written before is still there."""
+
+
+class Interrupted(KvatError):
+    """The user ended the run; what had been measured is in the journal."""
+
+    exit_code = 130
+
+
+class Paused(KvatError):
+    """The machine, not a candidate, is in the way of going on; what had been measured is in the journal."""

@@ -37,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import cycle, islice
+from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
@@ -271,7 +272,7 @@ class FakeEngine(_ScriptedEngine):
             compiles=compiles,
         )
 
-    def adapter(self) -> EngineAdapter:
+    def adapter(self, scratch: Path) -> EngineAdapter:
         return _InProcessAdapter()
 
 
@@ -324,7 +325,7 @@ class FakeServerEngine(_ScriptedEngine):
             arguments={"draft": settings["draft"]},
         )
 
-    def adapter(self) -> EngineAdapter:
+    def adapter(self, scratch: Path) -> EngineAdapter:
         return _ServerAdapter()
 
 
@@ -353,7 +354,6 @@ class _ScriptedAdapter(EngineAdapter):
     ) -> None:
         self._behaviour = _BEHAVIOURS[model_id.partition(":")[2]]
         self._extra = extra
-        self._peak_kv_bytes = 0
         if self._behaviour.chatty:
             _chatter()
 
@@ -365,7 +365,7 @@ class _ScriptedAdapter(EngineAdapter):
     def prepare_cache(self, strategy: Recipe) -> None:
         self._recipe = strategy
         self._running = self._take(strategy)
-        self._kv_bytes = 0
+        self._kv_bytes = self._peak_kv_bytes = 0
         self._compiled: set[tuple[int, int]] = set()
 
     def run_decode(self, prompt: _Prompt, max_new_tokens: int) -> Timeline:
@@ -378,6 +378,10 @@ class _ScriptedAdapter(EngineAdapter):
         if behaviour.spoils and self._is_suspect():
             return timeline.model_copy(update={"requests": tuple(map(behaviour.spoils, timeline.requests))})
         return timeline
+
+    def tokens_seen(self) -> int | None:
+        # Calls take no time, so one that lasts has delivered nothing yet.
+        return 0 if self._clock == "host" else None
 
     def run_prefill(self, prompt: _Prompt, max_new_tokens: int = 0) -> Timeline:
         return self._generate(prompt, max_new_tokens)
@@ -466,6 +470,7 @@ class _InProcessAdapter(_ScriptedAdapter):
         return Resources(
             processes=("worker",),
             peak_host_bytes=cast("int", _SHAPE.weight_bytes) + self._peak_kv_bytes,
+            ready_host_bytes=_SHAPE.weight_bytes,
             kv_cache_bytes=self._kv_bytes,
         )
 
@@ -515,6 +520,7 @@ _SNIPPET = '''\
 """The winner of this plan, run on the scripted engine."""
 
 import os
+from pathlib import Path
 
 from kvat_core.fake import {engine}
 from kvat_core.schema import PromptSource, Recipe
@@ -524,7 +530,7 @@ RUNS = \\
 
 for scenario, recipe in RUNS:
     os.environ.update(recipe["environment"])
-    adapter = {engine}().adapter()
+    adapter = {engine}().adapter(Path())
     adapter.load_model(**recipe["load"])
     adapter.prepare_cache(Recipe(**recipe))
     text = PromptSource(kind="text", value="any text will do")

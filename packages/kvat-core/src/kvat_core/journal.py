@@ -2,7 +2,8 @@
 
 One JSON object per line: `{"seq", "crc32", "type", "payload"}`. `crc32` covers the canonical
 JSON of the other three, so damage is found wherever it is. A record is on disk before
-anything else happens with it.
+anything else happens with it. What a crash may leave at the end, bytes without a line end,
+is no record; it is kept aside when the journal is continued.
 """
 
 from __future__ import annotations
@@ -14,38 +15,51 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 from typing_extensions import Self
 
-from kvat_core.errors import JournalDamaged
+from kvat_core.errors import CannotWrite, JournalDamaged
 from kvat_core.schema import EVENT_TYPES, Event
 
 _NAMES = {record: name for name, record in EVENT_TYPES.items()}
+TORN = ".torn"
+"""Suffix of the file that keeps what a crash left after the last whole line."""
 
 
 class Journal:
-    """Writer of a new journal; a context manager.
+    """Writer at the end of a journal; a context manager. Made by `create_journal` or `continue_journal`.
 
     Args:
-        path: file to create.
-
-    Raises:
-        FileExistsError: the file is already there; a journal is never overwritten.
-        OSError: it cannot be created or written.
+        path: the file.
+        descriptor: of the file, open for writing at its end.
+        seq: number of the next record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int, seq: int) -> None:
         self.path = path
-        self._seq = 0
-        self._file: IO[bytes] = path.open("xb")
+        self._descriptor = descriptor
+        self._seq = seq
 
     def append(self, event: Event) -> None:
-        """Write one record and force it to disk."""
-        self._file.write(_encode(self._seq, event))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write one record and force it to disk.
+
+        Raises:
+            CannotWrite: the system refuses, e.g. for a full disk; the records before are whole.
+        """
+        line = _encode(self._seq, event)
+        size = os.fstat(self._descriptor).st_size
+        try:
+            _write_all(self._descriptor, line)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, size)
+            raise CannotWrite(
+                f"{self.path} cannot be written ({error.strerror}); what was measured before is in it: mend that, "
+                "then go on with --resume"
+            ) from error
         self._seq += 1
 
     def __enter__(self) -> Self:
@@ -54,29 +68,79 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        os.close(self._descriptor)
+
+
+def create_journal(path: Path) -> Journal:
+    """A new journal.
+
+    Raises:
+        FileExistsError: the file is already there; a journal is never overwritten.
+        CannotWrite: it cannot be created.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be created ({error.strerror}); name another --out") from error
+    return Journal(path, descriptor, 0)
+
+
+def continue_journal(path: Path) -> tuple[list[Event], Journal]:
+    """All records of a journal, and its writer; a torn end is moved into a file beside it first.
+
+    Raises:
+        JournalDamaged: a whole line does not verify; nothing was changed.
+        CannotWrite: it cannot be written.
+    """
+    events = list(read_journal(path))
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+        _cut_torn_end(path, descriptor)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written ({error.strerror}); mend that, then try again") from error
+    return events, Journal(path, descriptor, len(events))
 
 
 def read_journal(path: Path) -> Iterator[Event]:
-    """All records in order.
+    """All records in order, without a torn end.
 
     Raises:
-        JournalDamaged: a line does not verify; the message names it.
+        JournalDamaged: a whole line does not verify; the message names it.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                return
             try:
                 yield _decode(number, line)
-            except (ValueError, KeyError, TypeError, ValidationError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
                 raise JournalDamaged(
-                    f"{path}: line {number + 1} is damaged ({type(error).__name__}); nothing was read from there on"
+                    f"{path}: line {number + 1} is damaged ({type(error).__name__}); nothing was read from there on "
+                    "and nothing was changed: restore the file, or start anew with --force"
                 ) from error
 
 
 def journal_sha256(path: Path) -> str:
     """Digest that a plan carries of its evidence."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _cut_torn_end(path: Path, descriptor: int) -> None:
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.with_name(path.name + TORN).open("ab") as aside:
+            aside.write(data[whole:])
+        os.ftruncate(descriptor, whole)
+        os.fsync(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _canonical(seq: int, name: str, payload: Any) -> str:
@@ -92,8 +156,8 @@ def _encode(seq: int, event: Event) -> bytes:
 
 
 def _decode(number: int, line: bytes) -> Event:
-    record = json.loads(line)
-    if not line.endswith(b"\n") or record["seq"] != number:
+    record = from_json(line)
+    if record["seq"] != number:
         raise ValueError("out of order")
     canonical = _canonical(record["seq"], record["type"], record["payload"])
     if zlib.crc32(canonical.encode()) != record["crc32"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from statistics import median
 
 from kvat_core.schema import Sample, Scenario, Timeline
@@ -43,7 +42,12 @@ def jitter(sample: Sample) -> float | None:
     return p95 / median(gaps) if median(gaps) > 0 else None
 
 
-Metric = Callable[[Sample], float]
+def energy_per_token_j(sample: Sample) -> float | None:
+    """Energy of the whole card during a call ÷ output tokens, joules; None where nobody tells."""
+    card = sample.conditions.gpu if sample.conditions else None
+    if card is None or card.energy_j is None:
+        return None
+    return card.energy_j / sum(request.output_tokens for request in sample.requests)
 
 
 def invalid_reason(timeline: Timeline, scenario: Scenario) -> str | None:

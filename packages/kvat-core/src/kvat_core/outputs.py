@@ -7,21 +7,26 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvat_core.errors import UsageError
+from kvat_core.errors import CannotWrite, UsageError
 
 JOURNAL = "journal.jsonl"
+LOCK = "journal.lock"
 PLAN = "best_plan.json"
 SNIPPET = "snippet.py"
 
 
-def check_out(out: Path, force: bool) -> None:
+def check_out(out: Path, *, force: bool, resume: bool) -> None:
     """Refuse a directory that cannot be used, before any work, touching nothing.
 
     Raises:
-        UsageError: it is a file, not empty (without `force`), or cannot be written.
+        UsageError: it is a file, not empty (without `force` or `resume`), without a journal (with `resume`), or
+            cannot be written.
     """
     try:
-        _refuse_unusable(out, force)
+        if not resume:
+            _refuse_unusable(out, force)
+        elif not (out / JOURNAL).is_file():
+            raise UsageError(f"--out {out} has no {JOURNAL} to go on with; leave --resume out")
         existing = next(path for path in [out, *out.absolute().parents] if path.exists())
     except OSError as error:
         raise UsageError(f"--out {out} cannot be used: {error.strerror}; name another directory") from error
@@ -50,7 +55,8 @@ def _refuse_unusable(out: Path, force: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not force:
-        raise UsageError(f"--out {out} is not empty; name another directory, or move it aside with --force")
+        goes_on = "go on with its run with --resume, " if (out / JOURNAL).is_file() else ""
+        raise UsageError(f"--out {out} is not empty; {goes_on}name another directory, or move it aside with --force")
     if Path.cwd().is_relative_to(out.resolve()):
         raise UsageError(f"--out {out} is where you are and cannot be moved aside; name another directory")
 
@@ -71,11 +77,26 @@ def is_path(text: str) -> bool:
 
 
 def write_files(out: Path, files: Mapping[str, str]) -> tuple[Path, ...]:
-    """Write each file whole or not at all: a temporary file beside it, moved into place."""
+    """Write each file whole or not at all: a temporary file beside it, moved into place.
+
+    Raises:
+        CannotWrite: the system refuses, e.g. for a full disk; what was there before is unchanged.
+    """
     return tuple(_write(out / name, text) for name, text in files.items())
 
 
 def _write(path: Path, text: str) -> Path:
+    try:
+        _replace(path, text)
+    except OSError as error:
+        raise CannotWrite(
+            f"{path} cannot be written ({error.strerror}); all that was measured is in {JOURNAL}: mend that, "
+            "then write it with --resume"
+        ) from error
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -87,4 +108,8 @@ def _write(path: Path, text: str) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

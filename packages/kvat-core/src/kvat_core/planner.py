@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePath
 from statistics import median
@@ -10,12 +12,13 @@ from typing import TYPE_CHECKING
 from kvat_core import metrics, scoring, stats
 from kvat_core.decision import Decision, decide
 from kvat_core.errors import AllFailed, NothingFeasible
-from kvat_core.run import Run
+from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import (
     CandidateEntry,
     CandidateResult,
     Cell,
     Choice,
+    CompileCost,
     Estimate,
     JournalRef,
     Plan,
@@ -35,9 +38,10 @@ RANDOM_WEIGHTS_NOTE = (
     "nor is the load time"
 )
 COMPILES_NOTE = (
-    "the winner compiles code: its first call takes far longer than the figures say, which are for one prompt length "
-    "at a time, and another length compiles again"
+    "the winner compiles code: its first call takes as long as compile_cost says, for one prompt length at a time; "
+    "another length compiles again"
 )
+PARTIAL_NOTE = "the run was ended before it had measured all it meant to; go on with --resume"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
@@ -54,6 +58,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     header = run.header
     return Plan(
         kvat=header.kvat,
+        partial=run.end is None,
         created=header.created,
         engine=PlanEngine(name=header.engine, versions=header.versions),
         model=PlanModel(
@@ -100,6 +105,9 @@ def _choice(run: Run, candidate_id: str) -> Choice:
 
 def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes = list(header.notes)
+    if run.end is None:
+        notes.append(PARTIAL_NOTE)
+    notes += _unstable_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
     if any(entry.candidate.id == winner and entry.candidate.compiles for entry in run.candidates):
@@ -107,6 +115,26 @@ def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
+
+
+def _unstable_notes(run: Run) -> list[str]:
+    """One line on what disturbed the run, if it disturbed it much."""
+    unstable = [entry for entry in run.candidates if run.rejected_share(entry.candidate.id) > MAX_REJECTED]
+    causes = Counter(_kind(cause) for sample in run.samples for cause in sample.distrust)
+    if not unstable or not causes:
+        return []
+    (cause, count), *_ = causes.most_common(1)
+    rejected = sum(bool(sample.distrust) for sample in run.samples)
+    advice = "stop other work, or use fewer --threads" if "free core" in cause else "see kvat doctor"
+    return [
+        f"{rejected} of {len(run.samples)} timed calls were rejected, {count} of them because {cause}: {advice}; "
+        f"the figures of {len(unstable)} candidates are unstable"
+    ]
+
+
+def _kind(cause: str) -> str:
+    """A cause without its figures."""
+    return " ".join("…" if any(letter.isdigit() for letter in word) else word for word in cause.split())
 
 
 def _winner_metrics(run: Run, winner: str) -> WinnerMetrics:
@@ -136,6 +164,8 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateRes
             other.candidate.id for other in run.candidates if run.alias_of(other.candidate.id) == candidate.id
         ),
         fidelity={"lossy": candidate.lossy},
+        rejected_share=run.rejected_share(candidate.id),
+        unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),
         scenarios=tuple(_scenario_results(run, candidate.id)),
     )
@@ -175,10 +205,44 @@ def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
                 e2e_s=_estimate(rounds, metrics.e2e_s),
                 peak_device_bytes=peak.peak_device_bytes if peak else None,
                 peak_host_bytes=peak.peak_host_bytes if peak else None,
+                ready_host_bytes=peak.ready_host_bytes if peak else None,
                 kv_cache_bytes=peak.kv_cache_bytes if peak else None,
+                kv_cache_predicted_bytes=peak.kv_cache_predicted_bytes if peak else None,
+                energy_per_token_j=_energy_per_token_j(rounds),
+                compile_cost=_compile_cost(run, cell),
             )
         )
     return results
+
+
+def _energy_per_token_j(rounds: dict[int, list[Sample]]) -> float | None:
+    """Median over the calls; None where any of them does not tell."""
+    values = [metrics.energy_per_token_j(sample) for samples in rounds.values() for sample in samples]
+    known = [value for value in values if value is not None]
+    return median(known) if len(known) == len(values) else None
+
+
+def _compile_cost(run: Run, cell: Cell) -> CompileCost | None:
+    """What the first call of a new process costs on top of one at full speed, and when it is won back."""
+    calls = [call for call in run.first_calls if call.cell == run.original(cell)]
+    cold_s = next((call.duration_s for call in calls if call.cold), None)
+    if cold_s is None:
+        return None
+    cached = [call.duration_s for call in calls if not call.cold]
+    steady_s, today_s = _call_s(run, cell), _call_s(run, cell.model_copy(update={"candidate": run.incumbent}))
+    compile_s = max(0.0, cold_s - (steady_s or 0.0))
+    gain_s = today_s - steady_s if steady_s is not None and today_s is not None else 0.0
+    return CompileCost(
+        first_call_s=cold_s,
+        cached_first_call_s=median(cached) if cached else None,
+        compile_s=compile_s,
+        break_even_requests=math.ceil(compile_s / gain_s) if gain_s > 0 else None,
+    )
+
+
+def _call_s(run: Run, cell: Cell) -> float | None:
+    samples = _samples(run, cell)
+    return median(sample.duration_s for sample in samples) if samples else None
 
 
 def _estimate(rounds: dict[int, list[Sample]], metric: Callable[[Sample], float]) -> Estimate:

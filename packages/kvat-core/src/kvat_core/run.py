@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from pydantic import JsonValue
@@ -13,16 +13,25 @@ from kvat_core.schema import (
     End,
     Event,
     Failed,
+    FirstCall,
     Header,
+    Health,
     LaunchEnd,
     LaunchOrder,
     Loaded,
     Measured,
     Proof,
     Resources,
+    Resumed,
     Sample,
     Scenario,
+    Stopped,
 )
+
+ATTEMPTS_PER_SAMPLE = 2
+"""Timed calls that a launch makes at most, per sample wanted, before it goes on with those it has."""
+MAX_REJECTED = 0.2
+"""Share of rejected calls above which the figures of a candidate are not to be relied on."""
 
 
 class Run:
@@ -33,13 +42,18 @@ class Run:
         self.candidates: list[CandidateEntry] = []
         self.launches: list[LaunchOrder] = []
         self.loaded: list[Loaded] = []
+        self.first_calls: list[FirstCall] = []
         self.proofs: list[Proof] = []
         self.samples: list[Sample] = []
         self.failed: list[Failed] = []
         self.measured: list[Measured] = []
         self.ended: list[LaunchEnd] = []
+        self.health: list[Health] = []
+        self.stopped: Stopped | None = None
         self.end: End | None = None
-        self._by_cell: dict[Cell, dict[int, list[Sample]]] = {}
+        self.fastest_clock_mhz: int | None = None
+        """Of the card that is measured on, in any sample so far."""
+        self._by_cell: dict[Cell, dict[int, dict[int, list[Sample]]]] = {}
         self._applied: dict[Cell, dict[str, JsonValue]] = {}
 
     @classmethod
@@ -67,19 +81,30 @@ class Run:
                 self.launches.append(event)
             case Loaded():
                 self.loaded.append(event)
+            case FirstCall():
+                self.first_calls.append(event)
             case Proof():
                 self.proofs.append(event)
                 self._applied[event.cell] = event.applied.values
             case Sample():
                 self.samples.append(event)
+                if event.conditions and event.conditions.gpu and event.conditions.gpu.clock_mhz:
+                    self.fastest_clock_mhz = max(self.fastest_clock_mhz or 0, event.conditions.gpu.clock_mhz)
                 cell = Cell(candidate=event.candidate, scenario=event.scenario)
-                self._by_cell.setdefault(cell, {}).setdefault(event.round, []).append(event)
+                launches = self._by_cell.setdefault(cell, {}).setdefault(event.round, {})
+                launches.setdefault(event.launch, []).append(event)
             case Failed():
                 self.failed.append(event)
             case Measured():
                 self.measured.append(event)
             case LaunchEnd():
                 self.ended.append(event)
+            case Health():
+                self.health.append(event)
+            case Stopped():
+                self.stopped = event
+            case Resumed():
+                self.stopped = None
             case End():
                 self.end = event
             case Header():
@@ -106,13 +131,41 @@ class Run:
 
     @property
     def failures(self) -> dict[str, Failed]:
-        """How each failed candidate ended first; where only its peak memory could not be read, its figures stand."""
-        memory = {order.launch for order in self.launches if order.purpose == "memory"}
-        first: dict[str, Failed] = {}
-        for failed in self.failed:
-            if failed.launch not in memory:
-                first.setdefault(failed.cell.candidate, failed)
+        """How each failed candidate ended; where only its peak memory could not be read, its figures stand."""
+        ends: dict[str, Failed] = {}
+        forgiven = self.forgiven
+        for failed in self._timing_failures:
+            name = failed.cell.candidate
+            if failed.launch != forgiven.get(name):
+                ends.setdefault(name, failed)
+        return ends
+
+    @property
+    def forgiven(self) -> dict[str, int]:
+        """Candidates that get a second chance, with the launch in which they failed.
+
+        A crash may come from outside, and so may a failure to start or load what had been loaded before: of these
+        a candidate is forgiven the first, wherever its launch ended it.
+        """
+        first: dict[str, int] = {}
+        for failed in self._timing_failures:
+            too_early = failed.failure.phase in ("start", "load")
+            if failed.failure.kind == "crash" or (too_early and self._was_loaded(failed)):
+                first.setdefault(failed.cell.candidate, failed.launch)
         return first
+
+    @property
+    def _timing_failures(self) -> list[Failed]:
+        memory = {order.launch for order in self.launches if order.purpose == "memory"}
+        return [failed for failed in self.failed if failed.launch not in memory]
+
+    def _was_loaded(self, failed: Failed) -> bool:
+        """Whether the candidate had been loaded in a launch before."""
+        loaded = {one.launch for one in self.loaded if one.launch < failed.launch}
+        return any(
+            order.launch in loaded and any(cell.candidate == failed.cell.candidate for cell in order.cells)
+            for order in self.launches
+        )
 
     @property
     def own_memory(self) -> dict[Cell, Resources]:
@@ -130,12 +183,46 @@ class Run:
         return originals.pop() if len(originals) == 1 and candidate_id not in originals else None
 
     def samples_of(self, cell: Cell) -> dict[int, list[Sample]]:
-        """Timed calls of a cell, under whichever of its aliases they were taken, by round."""
-        rounds: dict[int, list[Sample]] = {}
+        """Timed calls that count for a cell, under whichever of its aliases they were taken, by round.
+
+        They are those of the last launch that got all it wanted: nothing half-measured is mixed in. Of these the
+        rejected ones are left out, unless there is no other; a call that compiled code is never used.
+        """
+        launches = self._launches_of(cell)
+        return {number: used for number, one in launches.items() if (used := _used(one))}
+
+    def complete_rounds(self, cell: Cell) -> set[int]:
+        """Rounds in which nothing more is to be measured for a cell."""
+        launches = self._launches_of(cell)
+        return {number for number, one in launches.items() if self.has_enough(one)}
+
+    def has_enough(self, samples: Sequence[Sample]) -> bool:
+        """Whether a launch that made these calls of a cell need make no more."""
+        wanted = self.header.profile.samples
+        trusted = sum(not sample.distrust for sample in samples)
+        return trusted >= wanted or len(samples) >= ATTEMPTS_PER_SAMPLE * wanted
+
+    def rejected_share(self, candidate_id: str) -> float:
+        """Share of a candidate's timed calls that were rejected, in the launches that count."""
+        calls = [
+            sample
+            for key in self.scenarios
+            for samples in self._launches_of(Cell(candidate=candidate_id, scenario=key)).values()
+            for sample in samples
+        ]
+        return sum(bool(sample.distrust) for sample in calls) / len(calls) if calls else 0.0
+
+    def _launches_of(self, cell: Cell) -> dict[int, list[Sample]]:
+        """All calls of the launch that counts, by round: the last complete one, or the last."""
+        rounds: dict[int, dict[int, list[Sample]]] = {}
         for same in self._same_as(cell):
-            for number, samples in self._by_cell.get(same, {}).items():
-                rounds.setdefault(number, []).extend(samples)
-        return rounds
+            for number, launches in self._by_cell.get(same, {}).items():
+                rounds.setdefault(number, {}).update(launches)
+        return {number: self._counting(launches) for number, launches in rounds.items()}
+
+    def _counting(self, launches: dict[int, list[Sample]]) -> list[Sample]:
+        last_first = [launches[number] for number in sorted(launches, reverse=True)]
+        return next((samples for samples in last_first if self.has_enough(samples)), last_first[0])
 
     def _same_as(self, cell: Cell) -> list[Cell]:
         """Cells that run the very same thing as this one, itself among them, in the order of the space."""
@@ -146,3 +233,8 @@ class Run:
             name for name in self.live if self._applied.get(cell.model_copy(update={"candidate": name})) == values
         ]
         return [Cell(candidate=name, scenario=cell.scenario) for name in candidates]
+
+
+def _used(samples: Sequence[Sample]) -> list[Sample]:
+    trusted = [sample for sample in samples if not sample.distrust]
+    return trusted or [sample for sample in samples if not sample.compilations]

@@ -44,16 +44,8 @@ def ineligible_reason(run: Run, candidate_id: str) -> str | None:
 
 
 def complete_rounds(run: Run, candidate_id: str) -> list[int]:
-    """Rounds in which the candidate has every sample of every scenario."""
-    wanted = run.header.profile.samples
-    per_scenario = [
-        {
-            number
-            for number, samples in run.samples_of(Cell(candidate=candidate_id, scenario=key)).items()
-            if len(samples) >= wanted
-        }
-        for key in run.scenarios
-    ]
+    """Rounds in which the candidate has all it needs of every scenario."""
+    per_scenario = [run.complete_rounds(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
     return sorted(set.intersection(*per_scenario))
 
 

@@ -6,13 +6,15 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from kvat_core import metrics
 from kvat_core.errors import UsageError
-from kvat_core.measure.deadlines import Deadlines
+from kvat_core.measure.conditions import Watch, causes
+from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import PromptSpec
 from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import Client, WorkerFailed
@@ -23,6 +25,7 @@ from kvat_core.schema import (
     Event,
     Failed,
     Failure,
+    FirstCall,
     LaunchEnd,
     LaunchOrder,
     Loaded,
@@ -42,6 +45,9 @@ _Answer = TypeVar("_Answer", bound=Record)
 OpenWorker = Callable[[Mapping[str, str]], Client]
 """Starts a worker with these additional environment variables."""
 
+PROOF, FIRST_CALL, WARM_UP = -1, -2, -3
+"""Indices of calls that are not timed; each further warm-up call has one less."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -51,12 +57,19 @@ class Bench:
     recipes: Mapping[Cell, Recipe]
     source: PromptSource
     """With its text, unlike the profile in the journal."""
+    scratch: Path
+    """Of this process's part of the run; see `Engine.adapter`."""
     record: Callable[[Event], None]
     """Journals an event; returns when it is on disk."""
     announce: Callable[[str], None]
     """Shows what is being done now."""
     open_worker: OpenWorker
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    watch: Watch
+    process_device_bytes: Callable[[int | None], int | None]
+    """Memory of a process on the device by its driver."""
+    deadlines: Deadlines
+    compiled: set[Cell] = field(default_factory=set)
+    """Cells whose code the compiler has cached in `scratch`."""
 
 
 def carry_out(order: LaunchOrder, bench: Bench) -> None:
@@ -64,6 +77,9 @@ def carry_out(order: LaunchOrder, bench: Bench) -> None:
 
     Failures are recorded, never raised. A cell whose worker died takes the rest of the launch
     with it; the search sees what is still outstanding and orders it again.
+
+    Raises:
+        Interrupted: the user ended the run; the launch has no end in the journal.
     """
     started = time.perf_counter()
     bench.record(order)
@@ -100,11 +116,10 @@ class _Launch:
         deadlines = self._bench.deadlines
         try:
             self._bench.announce("starting a worker")
-            start_s, _ = self._ask(
-                "start", {"engine": self._header.engine, "adapter": True}, "start", deadlines.start_s
-            )
+            arguments = {"engine": self._header.engine, "scratch": str(self._bench.scratch)}
+            start_s, _ = self._ask("start", arguments, "start", Limits(deadlines.start_s))
             self._bench.announce("loading the model")
-            load_s, _ = self._ask("load", dict(self._load.load), "load", deadlines.load_s)
+            load_s, _ = self._ask("load", dict(self._load.load), "load", Limits(deadlines.load_s))
         except WorkerFailed as failed:
             for cell in self._order.cells:
                 self._fail(cell, failed.failure)
@@ -114,8 +129,7 @@ class _Launch:
 
     def _measure(self) -> None:
         if self._order.purpose == "memory":
-            cell = self._order.cells[0]
-            self._guarded(cell, self._exercise)
+            self._guarded(self._order.cells[0], self._exercise)
         else:
             # All proofs come first: a cell that runs the very same thing as another is not timed twice.
             for cell in self._order.cells:
@@ -123,8 +137,7 @@ class _Launch:
             for cell in self._order.cells:
                 if self._bench.run.original(cell) == cell:
                     self._guarded(cell, self._time)
-        self._read_resources()
-        self._ask("cleanup", {}, "cleanup", self._bench.deadlines.other_s)
+        self._ask("cleanup", {}, "cleanup", Limits(self._bench.deadlines.other_s))
 
     def _guarded(self, cell: Cell, step: Callable[[Cell], None]) -> None:
         """Run one step of a cell; its failure is recorded, and ends the launch unless the worker is sound."""
@@ -138,10 +151,14 @@ class _Launch:
                 raise _LaunchOver from failed
 
     def _prove(self, cell: Cell) -> None:
-        self._prepare(cell)
+        recipe = self._prepare(cell)
+        if recipe.compiles:
+            self._compile(cell)
         self._bench.announce(f"proving {self._label(cell)}")
-        spec = self._prompt(cell, index=-1)
-        seconds, value = self._ask("prove", spec, "prove", self._bench.deadlines.first_call_s)
+        spec = self._prompt(cell, PROOF)
+        deadlines = self._bench.deadlines
+        limits = Limits(deadlines.compile_s if recipe.compiles else deadlines.sample_s)
+        seconds, value = self._ask("prove", spec, "prove", limits)
         self.generate_s += seconds
         applied = _validated(Applied, value, "prove")
         if applied.mismatches:
@@ -149,49 +166,92 @@ class _Launch:
             raise WorkerFailed(Failure(kind="not_applied", phase="prove", reason=reason), alive=True)
         self._bench.record(Proof(launch=self._order.launch, cell=cell, applied=applied))
 
+    def _compile(self, cell: Cell) -> None:
+        """The first call, whose time is what a user's first request takes."""
+        self._bench.announce(f"compiling {self._label(cell)}")
+        timeline = self._decode(cell, FIRST_CALL, "compile", Limits(self._bench.deadlines.compile_s))
+        self._bench.record(
+            FirstCall(
+                launch=self._order.launch,
+                cell=cell,
+                duration_s=timeline.duration_s,
+                compilations=timeline.compilations,
+                cold=cell not in self._bench.compiled,
+            )
+        )
+        self._bench.compiled.add(cell)
+
     def _time(self, cell: Cell) -> None:
         recipe = self._prepare(cell)
-        for index in range(recipe.warmup_calls(self._header.profile.warmup)):
+        for number in range(recipe.warmup_calls(self._header.profile.warmup)):
             self._bench.announce(f"warming up {self._label(cell)}")
-            self._decode(cell, index=-2 - index, phase="warm-up")
-        for index in range(self._header.profile.samples):
+            self._decode(cell, WARM_UP - number, "warm-up", self._call_limits)
+        samples: list[Sample] = []
+        while not self._bench.run.has_enough(samples):
             self._bench.announce(f"timing {self._label(cell)}")
-            timeline = self._decode(cell, index, phase="sample")
-            if timeline.compilations:
-                reason = f"{timeline.compilations} graphs were compiled inside the timed call"
-                raise WorkerFailed(Failure(kind="invalid_output", phase="sample", reason=reason), alive=True)
-            self._bench.record(
-                Sample(
-                    **timeline.model_dump(),
-                    launch=self._order.launch,
-                    round=self._order.round,
-                    candidate=cell.candidate,
-                    scenario=cell.scenario,
-                    index=index,
-                )
-            )
+            samples.append(self._sample(cell, len(samples)))
+            self._bench.record(samples[-1])
+        if all(sample.compilations for sample in samples):
+            reason = "graphs were compiled inside every timed call"
+            raise WorkerFailed(Failure(kind="invalid_output", phase="sample", reason=reason), alive=True)
+        self._read_resources(cell)
+
+    def _sample(self, cell: Cell, index: int) -> Sample:
+        end_watch = self._bench.watch(self._client.pid)
+        timeline = self._decode(cell, index, "sample", self._call_limits)
+        conditions = end_watch()
+        compiled = (f"{timeline.compilations} graphs were compiled",) if timeline.compilations else ()
+        return Sample(
+            **timeline.model_dump(),
+            launch=self._order.launch,
+            round=self._order.round,
+            candidate=cell.candidate,
+            scenario=cell.scenario,
+            index=index,
+            conditions=conditions,
+            distrust=(*compiled, *causes(conditions, self._bench.run.fastest_clock_mhz)),
+        )
 
     def _exercise(self, cell: Cell) -> None:
         """Two whole calls in a fresh process: the peak is theirs alone."""
-        self._prepare(cell)
+        recipe = self._prepare(cell)
         self._bench.announce(f"peak memory of {self._label(cell)}")
+        compiling = Limits(self._bench.deadlines.compile_s)
         for index in range(2):
-            self._decode(cell, index, phase="memory")
+            limits = compiling if recipe.compiles and index == 0 else self._call_limits
+            self._decode(cell, index, "memory", limits)
+        self._read_resources(cell)
 
-    def _read_resources(self) -> None:
-        _, value = self._ask("resources", {}, "resources", self._bench.deadlines.other_s)
-        resources = _validated(Resources, value, "resources")
-        self._bench.record(Measured(launch=self._order.launch, cells=self._order.cells, resources=resources))
+    def _read_resources(self, cell: Cell) -> None:
+        """What cannot be read stays unknown, and costs the cell nothing."""
+        try:
+            _, value = self._ask("resources", {}, "resources", Limits(self._bench.deadlines.other_s))
+            resources = _validated(Resources, value, "resources")
+        except WorkerFailed as failed:
+            if failed.alive:
+                return
+            raise _LaunchOver from failed
+        process_bytes = self._bench.process_device_bytes(self._client.pid)
+        if process_bytes is not None:
+            largest = max(process_bytes, resources.peak_device_bytes or 0)
+            seen = {"device_process_bytes": process_bytes, "peak_device_bytes": largest}
+            resources = resources.model_copy(update=seen)
+        self._bench.record(Measured(launch=self._order.launch, cells=(cell,), resources=resources))
 
     def _prepare(self, cell: Cell) -> Recipe:
         recipe = self._bench.recipes[cell]
-        self._ask("prepare", recipe.model_dump(mode="json"), "prepare", self._bench.deadlines.load_s)
+        self._ask("prepare", recipe.model_dump(mode="json"), "prepare", Limits(self._bench.deadlines.load_s))
         return recipe
 
-    def _decode(self, cell: Cell, index: int, phase: str) -> Timeline:
+    @property
+    def _call_limits(self) -> Limits:
+        deadlines = self._bench.deadlines
+        return Limits(deadlines.sample_s, deadlines.first_token_s, deadlines.gap_s)
+
+    def _decode(self, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
         scenario = self._scenario(cell)
         arguments = {"prompt": self._prompt(cell, index), "max_new_tokens": scenario.output_tokens}
-        _, value = self._ask("decode", arguments, phase, self._bench.deadlines.call_s)
+        _, value = self._ask("decode", arguments, phase, limits)
         timeline = _validated(Timeline, value, phase)
         reason = metrics.invalid_reason(timeline, scenario)
         if reason is not None:
@@ -209,11 +269,11 @@ class _Launch:
         )
         return spec.model_dump(mode="json")
 
-    def _ask(self, operation: Any, arguments: dict[str, Any], phase: str, timeout_s: float) -> tuple[float, Any]:
+    def _ask(self, operation: Any, arguments: dict[str, Any], phase: str, limits: Limits) -> tuple[float, Any]:
         """Seconds that an operation took, and its value; unusable input found this late is a failure like any other."""
         started = time.perf_counter()
         try:
-            value = self._client.call(operation, arguments, phase, timeout_s)
+            value = self._client.call(operation, arguments, phase, limits)
         except UsageError as error:
             failure = Failure(kind="unsupported", phase=phase, reason=str(error))
             raise WorkerFailed(failure, alive=True) from error

@@ -1,6 +1,7 @@
 """Messages between the measuring parent and its worker: a length, then that many bytes of JSON.
 
-Nothing but JSON crosses the pipe, and both sides validate what arrives.
+Nothing but JSON crosses the pipes, and both sides validate what arrives. To one request the worker
+sends any number of beats while it is busy, and then one reply.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import struct
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from kvat_core.schema import FailureKind, PromptSource, Record
 
@@ -38,6 +39,12 @@ class Reply(Record):
     usage: bool = False
 
 
+class Beat(Record):
+    """The worker is alive and busy."""
+
+    tokens: int | None = Field(description="that the running call has delivered so far; null where nobody can tell")
+
+
 class PromptSpec(Record):
     """What `make_prompt` needs; the text travels only here."""
 
@@ -45,6 +52,9 @@ class PromptSpec(Record):
     tokens: int
     batch: int
     nonce: int
+
+
+_ANSWER: TypeAdapter[Reply | Beat] = TypeAdapter(Reply | Beat)
 
 
 class BadMessage(Exception):
@@ -75,13 +85,14 @@ def body_bytes(head: bytes) -> int:
     return length
 
 
-def decode_reply(body: bytes) -> Reply:
-    """A validated reply.
+def decode_answer(body: bytes) -> Reply | Beat:
+    """A validated beat or reply.
 
     Raises:
-        BadMessage: the body is not one.
+        BadMessage: the body is neither.
     """
     try:
-        return Reply.model_validate(json.loads(body))
-    except (ValueError, ValidationError) as error:
-        raise BadMessage("a reply that is not valid") from error
+        answer: Reply | Beat = _ANSWER.validate_python(json.loads(body))
+    except (ValueError, ValidationError, RecursionError) as error:
+        raise BadMessage("an answer that is not valid") from error
+    return answer

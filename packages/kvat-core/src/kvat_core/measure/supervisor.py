@@ -1,33 +1,28 @@
-"""The parent's side of a worker: start it, ask it, and end it whatever it does."""
+"""The parent's side of a worker: ask it, watch the deadlines, and say how it ended."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Protocol
+from typing import Protocol
 
 from pydantic import JsonValue
 from typing_extensions import Self
 
 from kvat_core.errors import UsageError
 from kvat_core.measure import messages
-from kvat_core.measure.messages import BadMessage, Operation, Reply, Request
+from kvat_core.measure.child import Child
+from kvat_core.measure.deadlines import Limits
+from kvat_core.measure.interrupt import Stop
+from kvat_core.measure.messages import BadMessage, Beat, Operation, Reply, Request
 from kvat_core.schema import Failure
 
-STDERR_TAIL_BYTES = 2000
-GRACE_S = 10.0
-"""Time a worker has to end by itself, and to obey SIGTERM, before it is killed."""
-
-_BOOTSTRAP = "import sys; sys.path[:] = filter(None, sys.path); from kvat_core.measure.worker import main; main()"
-"""Takes the current directory off the path first: a file there could pass for a library."""
+TICK_S = 0.25
+"""How often a wait looks at deadlines, at the process, and at a wish to stop."""
 
 
 class WorkerFailed(Exception):
@@ -47,12 +42,17 @@ class WorkerFailed(Exception):
 class Client(Protocol):
     """Whoever answers requests: a child process, or in tests the same code in this process."""
 
-    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, timeout_s: float) -> JsonValue:
+    @property
+    def pid(self) -> int | None:
+        """The process that measures, where it is another one than this."""
+
+    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, limits: Limits) -> JsonValue:
         """Ask and wait.
 
         Raises:
             WorkerFailed: an answer that is a failure, no answer in time, or an end of the process.
             UsageError: the engine says that the input cannot be used at all.
+            Interrupted: the user ended the run.
         """
 
     def __enter__(self) -> Self: ...
@@ -77,97 +77,102 @@ def value_or_raise(reply: Reply, phase: str) -> JsonValue:
 
 
 class WorkerProcess:
-    """A worker in a process group of its own; a context manager that leaves no process behind.
+    """A worker in a process of its own; a context manager that leaves no process behind.
 
     Args:
         environment: variables added to the parent's, set before the child imports anything.
+        stop: looked at wherever this waits.
+        grace_s: time the worker has to end by itself, to obey SIGTERM, and to be gone after SIGKILL.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # For whatever else the worker starts.
-            env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._stdin = self._process.stdin
-        self._stdout = self._process.stdout
-        self._stderr = _Tail(self._process.stderr)
+    def __init__(self, environment: Mapping[str, str], *, stop: Stop | None = None, grace_s: float = 10.0) -> None:
+        self._stop = stop or Stop()
+        self._grace_s = grace_s
+        self._child = Child(environment, grace_s)
 
-    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, timeout_s: float) -> JsonValue:
+    @property
+    def pid(self) -> int:
+        """See `Client.pid`."""
+        return self._child.pid
+
+    def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, limits: Limits) -> JsonValue:
         """See `Client.call`."""
-        deadline = time.monotonic() + timeout_s
+        clock = _Clock(limits, phase)
         try:
-            self._stdin.write(messages.encode(Request(operation=operation, arguments=arguments)))
-            self._stdin.flush()
-            length = messages.body_bytes(self._read(messages.LENGTH_BYTES, deadline))
-            reply = messages.decode_reply(self._read(length, deadline))
-        except TimeoutError:
-            self._kill()
-            raise self._with_stderr(self._overdue(phase, timeout_s), alive=False) from None
+            self._send(messages.encode(Request(operation=operation, arguments=arguments)), clock)
+            reply = self._receive(clock)
+        except _Overdue as overdue:
+            raise self._ended(overdue.failure) from None
         except (EOFError, BrokenPipeError):
-            raise self._with_stderr(self._end_of_process(phase), alive=False) from None
+            raise self._end_of_process(phase) from None
         except BadMessage as error:
-            self._kill()
-            failure = Failure(kind="no_output", phase=phase, reason=f"the worker sent {error}")
-            raise self._with_stderr(failure, alive=False) from None
+            raise self._ended(Failure(kind="no_output", phase=phase, reason=f"the worker sent {error}")) from None
         try:
             return value_or_raise(reply, phase)
         except WorkerFailed as failed:
-            raise self._with_stderr(failed.failure, alive=True) from None
+            raise WorkerFailed(self._with_output(failed.failure), alive=True) from None
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        """Exactly `size` bytes of the reply, or EOFError, or TimeoutError at the deadline."""
+    def _send(self, data: bytes, clock: _Clock) -> None:
+        while data:
+            self._wait(self._child.requests, selectors.EVENT_WRITE, clock)
+            data = data[os.write(self._child.requests, data) :]
+
+    def _receive(self, clock: _Clock) -> Reply:
+        while True:
+            length = messages.body_bytes(self._read(messages.LENGTH_BYTES, clock))
+            answer = messages.decode_answer(self._read(length, clock))
+            if isinstance(answer, Reply):
+                return answer
+            clock.hear(answer)
+
+    def _read(self, size: int, clock: _Clock) -> bytes:
         data = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stdout, selectors.EVENT_READ)
-            while len(data) < size:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                chunk = os.read(self._stdout.fileno(), size - len(data))
-                if not chunk:
-                    raise EOFError
-                data += chunk
+        while len(data) < size:
+            self._wait(self._child.replies, selectors.EVENT_READ, clock)
+            chunk = os.read(self._child.replies, size - len(data))
+            if not chunk:
+                raise EOFError
+            data += chunk
         return data
 
-    def _with_stderr(self, failure: Failure, alive: bool) -> WorkerFailed:
-        return WorkerFailed(failure.model_copy(update={"stderr_tail": self._stderr.text()}), alive)
+    def _wait(self, descriptor: int, event: int, clock: _Clock) -> None:
+        """Return when a pipe is ready; EOFError when the process is over, whoever else still holds its pipe."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, event)
+            while True:
+                ended = self._child.has_ended()
+                if selector.select(0 if ended else TICK_S):
+                    clock.check()
+                    return
+                if ended:
+                    raise EOFError
+                self._stop.check()
+                clock.check()
 
-    def _overdue(self, phase: str, timeout_s: float) -> Failure:
-        reason = f"no answer in {timeout_s:g} s"
-        if self._process.poll() is not None:
-            return Failure(kind="timeout", phase=phase, reason=reason)
-        return Failure(kind="unkillable", phase=phase, reason=f"{reason}, and it cannot be killed")
+    def _end_of_process(self, phase: str) -> WorkerFailed:
+        """How the process ended whose pipe is closed."""
+        by_itself = self._child.wait(self._grace_s)
+        code = self._child.end()
+        if code is None or not by_itself:
+            return self._ended(Failure(kind="no_output", phase=phase, reason="the worker closed its pipe"))
+        if code >= 0:
+            reason = f"the worker ended with exit code {code} and no answer"
+            return self._ended(Failure(kind="no_output", phase=phase, reason=reason))
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL and self._child.was_killed_for_memory():
+            reason = "the kernel's out-of-memory killer ended the worker"
+            return self._ended(Failure(kind="oom_host", phase=phase, reason=reason))
+        return self._ended(Failure(kind="crash", phase=phase, reason=f"ended by {name}"))
 
-    def _end_of_process(self, phase: str) -> Failure:
-        """Why the pipe is closed."""
-        try:
-            code = self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            return Failure(kind="no_output", phase=phase, reason="the worker closed its pipe")
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = " (often the kernel's out-of-memory killer)" if name == "SIGKILL" else ""
-            return Failure(kind="crash", phase=phase, reason=f"ended by {name}{hint}")
-        return Failure(kind="no_output", phase=phase, reason=f"the worker ended with exit code {code} and no answer")
+    def _ended(self, failure: Failure) -> WorkerFailed:
+        """The failure of a worker that is no more, or that nothing can end."""
+        if self._child.end() is None:
+            reason = f"{failure.reason}; and it cannot be killed"
+            failure = failure.model_copy(update={"kind": "unkillable", "reason": reason})
+        return WorkerFailed(self._with_output(failure), alive=False)
 
-    def _kill(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                self._process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+    def _with_output(self, failure: Failure) -> Failure:
+        return failure.model_copy(update={"stderr_tail": self._child.output_tail()})
 
     def __enter__(self) -> Self:
         return self
@@ -175,33 +180,48 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE_S if kind is None else 0)
-        self._kill()
-        self._stdout.close()
-        self._stderr.close()
+        self._child.close_requests()
+        if kind is None:
+            self._child.wait(self._grace_s)
+        self._child.end(at_once=kind is KeyboardInterrupt)
 
 
-class _Tail:
-    """Keeps reading a stream so that its writer never blocks; remembers only the end."""
+class _Overdue(Exception):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._end = b""
-        self._thread = threading.Thread(target=self._drain, daemon=True)
-        self._thread.start()
 
-    def _drain(self) -> None:
-        while chunk := os.read(self._stream.fileno(), 65536):
-            self._end = (self._end + chunk)[-STDERR_TAIL_BYTES:]
+class _Clock:
+    """The deadlines of one request. Of single tokens it knows what the beats tell, so it may be a beat late."""
 
-    def text(self) -> str:
-        # A process that has just died may have bytes on the way; a moment is enough for a local pipe.
-        self._thread.join(0.2)
-        return self._end.decode(errors="replace")
+    def __init__(self, limits: Limits, phase: str) -> None:
+        self._limits = limits
+        self._phase = phase
+        self._start_s = self._token_s = self._beat_s = time.monotonic()
+        # Without any beat none is the safe guess: what blocks the interpreter delivers no tokens.
+        self._tokens: int | None = 0
 
-    def close(self) -> None:
-        self._thread.join(GRACE_S)
-        self._stream.close()
+    def hear(self, beat: Beat) -> None:
+        """Take in a beat."""
+        self._beat_s = time.monotonic()
+        if beat.tokens != self._tokens:
+            self._token_s = self._beat_s
+            self._tokens = beat.tokens
+
+    def check(self) -> None:
+        """Raise `_Overdue` if a deadline has passed."""
+        now_s = time.monotonic()
+        if now_s - self._start_s > self._limits.whole_s:
+            raise self._overdue(self._phase, f"no answer in {self._limits.whole_s:g} s", now_s)
+        first_token_s, gap_s = self._limits.first_token_s, self._limits.gap_s
+        if self._tokens == 0 and first_token_s is not None and now_s - self._start_s > first_token_s:
+            raise self._overdue("first token", f"no first token in {first_token_s:g} s ({self._phase})", now_s)
+        if self._tokens and gap_s is not None and now_s - self._token_s > gap_s:
+            reason = f"no token for {gap_s:g} s after {self._tokens} ({self._phase})"
+            raise self._overdue("token gap", reason, now_s)
+
+    def _overdue(self, phase: str, reason: str, now_s: float) -> _Overdue:
+        silence_s = now_s - self._beat_s
+        silent = f"; its last heartbeat came {silence_s:.0f} s before" if silence_s > 5 else ""
+        return _Overdue(Failure(kind="timeout", phase=phase, reason=reason + silent))

@@ -1,17 +1,20 @@
 """The child process: one engine, one model, one request after the other.
 
-Requests arrive on stdin and replies leave on stdout; before the engine is imported both are
-moved away, so that whatever the engine prints lands on stderr and whatever it reads is empty.
+Requests and answers have pipes of their own, which nothing that the worker starts inherits; whatever
+the engine prints goes elsewhere, and whatever it reads is empty. While a request is carried out, a thread
+sends a heartbeat once a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 import traceback
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from pydantic import BaseModel, JsonValue
@@ -20,8 +23,12 @@ from kvat_core import discovery
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Prompt
 from kvat_core.errors import KvatError
 from kvat_core.measure import messages
-from kvat_core.measure.messages import PromptSpec, Reply, Request
+from kvat_core.measure.messages import Beat, PromptSpec, Reply, Request
 from kvat_core.schema import ModelRef, Recipe
+
+BEAT_S = 1.0
+OOM_SCORE = 1000
+"""Of all processes the kernel's out-of-memory killer takes a worker first, and never its parent."""
 
 
 class Worker:
@@ -48,8 +55,8 @@ class Worker:
         match operation:
             case "start":
                 self._engine = discovery.load_engine(arguments["engine"])
-                if arguments["adapter"]:
-                    self._adapter = self._engine.adapter()
+                if arguments["scratch"] is not None:
+                    self._adapter = self._engine.adapter(Path(arguments["scratch"]))
             case "probe":
                 return self.engine.probe(arguments["device"])
             case "describe":
@@ -67,6 +74,10 @@ class Worker:
             case "cleanup":
                 self.adapter.cleanup()
         return None
+
+    def tokens_seen(self) -> int | None:
+        """Tokens of the running call so far, for the heartbeat."""
+        return None if self._adapter is None else self._adapter.tokens_seen()
 
     @property
     def engine(self) -> Engine:
@@ -98,13 +109,45 @@ def _to_json(value: Any) -> JsonValue:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else None
 
 
+class _Line:
+    """Where answers go: a reply from the main thread, beats from another one."""
+
+    def __init__(self, sink: IO[bytes], worker: Worker) -> None:
+        self._sink = sink
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._busy = threading.Event()
+
+    def beat_forever(self) -> None:
+        """Send beats while the worker is busy; the end of the process ends this."""
+        pause = threading.Event()
+        while True:
+            self._busy.wait()
+            pause.wait(BEAT_S)
+            with self._lock:
+                # Asked under the lock: after its reply a request has no more beats.
+                if self._busy.is_set():
+                    self._send(messages.encode(Beat(tokens=self._worker.tokens_seen())))
+
+    def answer(self, request: Request) -> None:
+        """Carry out a request and send its reply."""
+        self._busy.set()
+        reply = _encoded(self._worker.handle(request))
+        with self._lock:
+            self._busy.clear()
+            self._send(reply)
+
+    def _send(self, data: bytes) -> None:
+        self._sink.write(data)
+        self._sink.flush()
+
+
 def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     """Answer requests until the source ends."""
-    worker = Worker()
+    line = _Line(sink, Worker())
+    threading.Thread(target=line.beat_forever, daemon=True).start()
     while head := source.read(messages.LENGTH_BYTES):
-        request = Request.model_validate_json(source.read(messages.body_bytes(head)))
-        sink.write(_encoded(worker.handle(request)))
-        sink.flush()
+        line.answer(Request.model_validate_json(source.read(messages.body_bytes(head))))
 
 
 def _encoded(reply: Reply) -> bytes:
@@ -123,15 +166,24 @@ def _die_with_the_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def main() -> None:
-    """Entry point of the child process."""
+def _die_first() -> None:
+    """Offer this process to the out-of-memory killer, where the system lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+def main(requests: int, replies: int) -> None:
+    """Entry point of the child process.
+
+    Args:
+        requests: descriptor to read requests from.
+        replies: descriptor to write answers to.
+    """
     _die_with_the_parent()
-    source = os.fdopen(os.dup(0), "rb")
-    sink = os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - lives as long as the process
-    serve(source, sink)
+    _die_first()
+    for descriptor in (requests, replies):
+        os.set_inheritable(descriptor, False)
+    # Ctrl-C of a terminal does not reach this session; what a parent ignores, such as a lost terminal, is inherited.
+    serve(os.fdopen(requests, "rb"), os.fdopen(replies, "wb"))
     # The teardown of a large library takes a second that nobody needs: nothing is left to be saved.
     os._exit(0)

@@ -29,19 +29,26 @@ def usable_cores() -> int:
 def memory_bytes() -> int:
     """Main memory, or the smaller limit of this process's control group."""
     total: int = psutil.virtual_memory().total
-    limit = _cgroup_bytes("memory.max")
-    return total if limit is None else min(total, limit)
+    return min([total, *_cgroup_bytes("memory.max", "memory.limit_in_bytes")])
 
 
 def available_memory_bytes() -> int:
     """Main memory that can still be had, within the limit of this process's control group."""
-    available: int = psutil.virtual_memory().available
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    return available if limit is None or used is None else min(available, max(0, limit - used))
+    limits = _cgroup_bytes("memory.max", "memory.limit_in_bytes")
+    used = _cgroup_bytes("memory.current", "memory.usage_in_bytes")
+    room = [max(0, limit - now) for limit, now in zip(limits, used, strict=False)]
+    return min([int(psutil.virtual_memory().available), *room])
 
 
-def _cgroup_bytes(name: str) -> int | None:
-    """A figure of the control group; None without one, or where it is unlimited."""
-    file = Path("/sys/fs/cgroup") / name
-    text = file.read_text().strip() if file.is_file() else ""
-    return int(text) if text.isdigit() else None
+def oom_kills() -> int | None:
+    """How often the kernel has killed for lack of memory since it started; None where it does not tell."""
+    vmstat = Path("/proc/vmstat")
+    lines = vmstat.read_text().splitlines() if vmstat.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def _cgroup_bytes(unified: str, legacy: str) -> list[int]:
+    """A figure of the control group by its name in either version; none without one, or where it is unlimited."""
+    files = (Path("/sys/fs/cgroup") / unified, Path("/sys/fs/cgroup/memory") / legacy)
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in texts if text.isdigit()]

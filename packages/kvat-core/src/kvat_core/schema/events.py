@@ -38,6 +38,12 @@ class Header(Record):
     pinned: dict[str, str] = Field(description="--set")
     excluded: tuple[tuple[str, str], ...] = Field(description="--exclude")
     seed: int
+    request: str = Field(
+        default="", description="digest of all that decides what is measured; only an equal request may be resumed"
+    )
+    prompt_digest: str | None = Field(
+        default=None, description="HMAC-SHA256 of the user's own prompt text, with a key that stays on their machine"
+    )
     probe_s: float = Field(description="spent in the child that probed machine and model, most of it importing")
     instrument: tuple[str, ...] = Field(description="what a timed call adds to the recipe")
     notes: tuple[str, ...] = ()
@@ -83,6 +89,16 @@ class Proof(Record):
     applied: Applied
 
 
+class FirstCall(Record):
+    """The first call of a cell that compiles code, before its proof and its warm-up."""
+
+    launch: int
+    cell: Cell
+    duration_s: float
+    compilations: int = Field(ge=0)
+    cold: bool = Field(description="whether the compiler found nothing cached: the first such call of the run")
+
+
 class Failed(Record):
     """A cell ended without its samples."""
 
@@ -107,24 +123,63 @@ class LaunchEnd(Record):
     generate_s: float = Field(description="spent inside proof, warm-up and timed calls")
 
 
+class Health(Record):
+    """After failures in a row: can a fresh process still work on the device?"""
+
+    ok: bool
+    reason: str = ""
+
+
+class Stopped(Record):
+    """The run was ended before it had measured all it meant to. One that was killed has no such record."""
+
+    kind: Literal["interrupted", "paused"]
+    reason: str
+
+
+class Resumed(Record):
+    """A run that had been stopped, or killed, goes on from here."""
+
+    created: str = Field(description="UTC, ISO 8601")
+
+
 class End(Record):
     """Last record of a finished run."""
 
     wall_s: float
 
 
-Event = Header | CandidateEntry | LaunchOrder | Loaded | Proof | Sample | Failed | Measured | LaunchEnd | End
+Event = (
+    Header
+    | CandidateEntry
+    | LaunchOrder
+    | Loaded
+    | FirstCall
+    | Proof
+    | Sample
+    | Failed
+    | Measured
+    | LaunchEnd
+    | Health
+    | Stopped
+    | Resumed
+    | End
+)
 
 EVENT_TYPES: dict[str, type[Record]] = {
     "header": Header,
     "candidate": CandidateEntry,
     "launch": LaunchOrder,
     "loaded": Loaded,
+    "first_call": FirstCall,
     "proof": Proof,
     "sample": Sample,
     "failed": Failed,
     "measured": Measured,
     "launch_end": LaunchEnd,
+    "health": Health,
+    "stopped": Stopped,
+    "resumed": Resumed,
     "end": End,
 }
 """Name of each record type in the journal."""

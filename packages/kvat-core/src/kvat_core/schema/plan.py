@@ -44,6 +44,20 @@ class Ratios(Record):
     decode: Ratio
 
 
+class CompileCost(Record):
+    """What compiling costs before it pays: in a new process, on top of a call at full speed."""
+
+    first_call_s: float = Field(description="first call, when nothing was cached")
+    cached_first_call_s: float | None = Field(
+        description="first call of a later process, with the compiler's cache filled; null = not measured"
+    )
+    compile_s: float = Field(description="first_call_s less a call at full speed")
+    break_even_requests: int | None = Field(
+        description="requests of this shape after which a new process has won back compile_s against the incumbent; "
+        "null = never, or the incumbent has no figures"
+    )
+
+
 class ScenarioResult(Record):
     """What one candidate did in one scenario."""
 
@@ -56,7 +70,13 @@ class ScenarioResult(Record):
     e2e_s: Estimate
     peak_device_bytes: int | None = None
     peak_host_bytes: int | None = None
+    ready_host_bytes: int | None = Field(default=None, description="resident size before the calls of that peak")
     kv_cache_bytes: int | None = None
+    kv_cache_predicted_bytes: int | None = Field(default=None, description="by the model's shape; null = no prediction")
+    energy_per_token_j: float | None = Field(
+        default=None, description="of the whole card, per output token, prefill included; null where nobody tells"
+    )
+    compile_cost: CompileCost | None = Field(default=None, description="null for what does not compile")
 
 
 class CandidateResult(Record):
@@ -70,6 +90,8 @@ class CandidateResult(Record):
     failure: Failure | None = None
     aliases: tuple[str, ...] = Field(default=(), description="candidates that turned out to run the very same thing")
     fidelity: dict[str, JsonValue] = Field(default_factory=dict)
+    rejected_share: float = Field(default=0.0, description="of its timed calls, rejected for a recorded cause")
+    unstable: bool = Field(default=False, description="too many were rejected for its figures to be relied on")
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
     scenarios: tuple[ScenarioResult, ...] = ()
 
@@ -143,6 +165,7 @@ class Plan(Record):
 
     format: Literal[1] = FORMAT
     kvat: str
+    partial: bool = Field(default=False, description="the run was ended before it had measured all it meant to")
     created: str = Field(description="start of the run, UTC, ISO 8601")
     engine: PlanEngine
     model: PlanModel

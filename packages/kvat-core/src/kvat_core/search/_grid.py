@@ -47,13 +47,18 @@ class Grid:
         return timing + (2 if timing else len(self._unmeasured(run)))
 
     def _outstanding(self, run: Run, number: int) -> list[list[Cell]]:
-        """Cells of a round that still lack samples, grouped by load, in the round's order."""
-        groups: dict[str, list[Cell]] = {}
+        """Cells of a round that still lack samples, grouped by load, in the round's order.
+
+        Who has ended a process before has its next one for itself.
+        """
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        forgiven = run.forgiven
         for candidate in run.live:
             for scenario in run.scenarios:
                 cell = Cell(candidate=candidate, scenario=scenario)
-                if run.original(cell) == cell and self._lacking(run, cell, number):
-                    groups.setdefault(self._load_keys[cell], []).append(cell)
+                if run.original(cell) == cell and number not in run.complete_rounds(cell):
+                    alone = candidate if candidate in forgiven else ""
+                    groups.setdefault((self._load_keys[cell], alone), []).append(cell)
         order = random.Random(f"{self._seed}/{number}")
         ordered = [groups[key] for key in sorted(groups)]
         order.shuffle(ordered)
@@ -62,9 +67,6 @@ class Grid:
         if number == 0:
             ordered.sort(key=lambda cells: all(cell.candidate != run.incumbent for cell in cells))
         return ordered
-
-    def _lacking(self, run: Run, cell: Cell, number: int) -> bool:
-        return len(run.samples_of(cell).get(number, ())) < run.header.profile.samples
 
     def _unmeasured(self, run: Run) -> list[Cell]:
         """Largest scenario of each candidate whose own peak memory the plan needs and nobody has read."""

@@ -1,0 +1,97 @@
+"""One writer per journal: a lock file that names its owner, so that one left behind by the dead is known as such."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from kvat_core.errors import UsageError
+from kvat_core.schema import Record, digest
+
+
+class Owner(Record):
+    """A process that no other one can be mistaken for: ids come back, but not with the same start in the same boot."""
+
+    pid: int
+    boot: str
+    """Digest of what the system calls this boot."""
+    started: float
+    """Of the process, seconds since the epoch."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, and remove it at the end.
+
+    Raises:
+        UsageError: a living process holds it.
+        OSError: the file cannot be made.
+    """
+    with path.open("a+b") as file:
+        # The kernel drops this with the process, and where a file system has none, the owner in the file decides.
+        with contextlib.suppress(OSError):
+            _flock(file.fileno(), path)
+        file.seek(0)
+        if (owner := _owner(file.read())) is not None and _is_alive(owner):
+            raise _held(path, owner)
+        file.truncate(0)
+        file.write(_myself().model_dump_json().encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def refuse_if_held(path: Path) -> None:
+    """Raise `UsageError` if a living process holds the lock file `path`."""
+    if path.exists():
+        with locked(path):
+            pass
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _held(path, _owner(path.read_bytes())) from error
+    # Its owner may have removed it between our opening and our locking; then it locks nothing.
+    if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+        raise _held(path, None)
+
+
+def _held(path: Path, owner: Owner | None) -> UsageError:
+    who = "another process" if owner is None else f"process {owner.pid}"
+    return UsageError(f"{who} is writing into {path.parent}; wait for its end, or name another --out")
+
+
+def _owner(text: bytes) -> Owner | None:
+    try:
+        return Owner.model_validate_json(text)
+    except ValidationError:
+        return None  # new, or torn by the death of its writer
+
+
+def _myself() -> Owner:
+    return Owner(pid=os.getpid(), boot=_boot(), started=psutil.Process().create_time())
+
+
+def _is_alive(owner: Owner) -> bool:
+    if owner == _myself() or owner.boot != _boot() or not psutil.pid_exists(owner.pid):
+        # In this process a lock that could be had is one that was given back.
+        return False
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(owner.pid).create_time() == owner.started
+    return False
+
+
+def _boot() -> str:
+    name = Path("/proc/sys/kernel/random/boot_id")
+    return digest(name.read_text() if name.is_file() else round(psutil.boot_time()))

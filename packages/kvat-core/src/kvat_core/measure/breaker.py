@@ -1,0 +1,94 @@
+"""When failures pile up, is it the candidates or the machine?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvat_core.errors import Paused, UsageError
+from kvat_core.measure.deadlines import Deadlines, Limits
+from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.supervisor import WorkerFailed
+from kvat_core.run import Run
+from kvat_core.schema import Event, Failed, Health
+
+FAILURES_IN_A_ROW = 3
+"""Launches without a single sample, after which the machine itself is checked."""
+_CLEAN = ("unsupported", "not_applied", "oom_device", "oom_host")
+"""Kinds that say something of the candidate alone."""
+
+
+class Breaker:
+    """Pauses a run whose device no longer works, rather than failing every candidate that is left.
+
+    Args:
+        run: what has happened.
+        record: journals an event.
+        announce: shows what is being done now.
+        open_worker: starts a worker.
+        deadlines: limits per phase.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        record: Callable[[Event], None],
+        announce: Callable[[str], None],
+        open_worker: OpenWorker,
+        deadlines: Deadlines,
+    ) -> None:
+        self._run = run
+        self._record = record
+        self._announce = announce
+        self._open_worker = open_worker
+        self._deadlines = deadlines
+        self._in_a_row = 0
+
+    def after_launch(self) -> None:
+        """Look at the launch that has just ended.
+
+        Raises:
+            Paused: the device does not work, or is held by a process that cannot be killed.
+        """
+        launch = self._run.launches[-1].launch
+        failures = [failed for failed in self._run.failed if failed.launch == launch]
+        device = self._run.header.target.device
+        if any(failed.failure.kind == "unkillable" for failed in failures):
+            raise Paused(
+                f"a worker cannot be killed and may hold {device}: wait until it is gone, or restart the machine, "
+                "then go on with --resume"
+            )
+        failed = any(one.failure.kind not in _CLEAN for one in failures)
+        sampled = any(sample.launch == launch for sample in self._run.samples)
+        self._in_a_row = self._in_a_row + 1 if failed and not sampled else 0
+        if self._in_a_row >= FAILURES_IN_A_ROW or _broke_the_device(failures):
+            self._in_a_row = 0
+            self._check_health()
+
+    def _check_health(self) -> None:
+        device = self._run.header.target.device
+        self._announce(f"pausing after failures: does {device} still work?")
+        reason = self._ask_fresh_worker()
+        self._record(Health(ok=reason is None, reason=reason or ""))
+        if reason is not None:
+            raise Paused(
+                f"after several failures a fresh process cannot work on {device} either ({reason}): mend that, "
+                "then go on with --resume"
+            )
+
+    def _ask_fresh_worker(self) -> str | None:
+        """Why the device does not work, or None."""
+        header = self._run.header
+        limits = Limits(self._deadlines.start_s)
+        try:
+            with self._open_worker({}) as worker:
+                worker.call("start", {"engine": header.engine, "scratch": None}, "health", limits)
+                worker.call("probe", {"device": header.target.device}, "health", limits)
+        except WorkerFailed as failed:
+            return f"{failed.failure.kind}: {failed.failure.reason}"
+        except UsageError as error:
+            return str(error)
+        return None
+
+
+def _broke_the_device(failures: list[Failed]) -> bool:
+    return any(failed.failure.kind == "device_error" for failed in failures)

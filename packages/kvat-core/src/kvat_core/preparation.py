@@ -1,0 +1,245 @@
+"""From a request to all that is known before the first measurement."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from kvat_core import discovery, machine, outputs, private, profiles, prompts, resume, space
+from kvat_core.engine import Engine, Probe, SpaceRequest
+from kvat_core.errors import UsageError
+from kvat_core.measure.deadlines import Deadlines, Limits
+from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.supervisor import WorkerFailed
+from kvat_core.outputs import is_path
+from kvat_core.planner import public_model_id
+from kvat_core.probes.cpu import usable_cores
+from kvat_core.schema import (
+    CandidateEntry,
+    Cell,
+    Header,
+    ModelRef,
+    ModelShape,
+    Profile,
+    PromptSource,
+    Recipe,
+    Space,
+    Target,
+)
+
+DEFAULT_PROFILE = "ci-micro"
+DEFAULT_PROFILE_NOTE = (
+    f"no profile was named, so {DEFAULT_PROFILE} was measured, a quick smoke test: name the --profile of your traffic "
+    "before you rely on the result"
+)
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What to tune, on what, for which traffic, and how widely to search. Defaults as on the command line."""
+
+    out: Path | str | None = None
+    """Directory for the results; None = kvat-out/<model>-<profile>."""
+    engine: str | None = None
+    """None = the one the model names, or the only one installed."""
+    model: str | None = None
+    """None = the engine's demonstration model."""
+    revision: str | None = None
+    allow_download: bool = False
+    device: str | None = None
+    """None = the best one present."""
+    threads: int | None = None
+    """CPU threads; None = what the engine uses by itself."""
+    profile: str | Profile | None = None
+    """Preset name, JSON file or object; None = ci-micro, which is quick and says so."""
+    contexts: tuple[int, ...] = ()
+    """Prompt lengths in tokens that replace the profile's."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes that replace the profile's."""
+    space: Space = "safe"
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    """Knob → value for every candidate."""
+    excluded: tuple[tuple[str, str], ...] = ()
+    """Knob and value that no challenger may have."""
+    incumbent: Mapping[str, str] = field(default_factory=dict)
+    """Knob → value of what runs today, where it is not the engine's default."""
+    seed: int = 0
+    force: bool = False
+    """Move an existing run in `out` aside."""
+    resume: bool = False
+    """Go on with the run in `out`, which has to be the same request on the same machine."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a run is about to do, and where."""
+
+    out: Path
+    header: Header
+    entries: tuple[CandidateEntry, ...]
+    recipes: Mapping[Cell, Recipe]
+    source: PromptSource
+    """With its text, unlike the profile in the header."""
+    device_uuid: str | None
+
+
+def prepare(
+    request: TuneRequest, open_worker: OpenWorker, deadlines: Deadlines, announce: Callable[[str], None]
+) -> Preparation:
+    """Look at machine and model in one short-lived child, and make the candidates. Writes nothing.
+
+    Raises:
+        UsageError: unusable input or environment.
+        Interrupted: the user ended it.
+    """
+    engine = discovery.pick_engine(request.engine, request.model)
+    model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
+    profile = _profile(request)
+    source = prompts.resolve(profile.prompt)
+    out = Path(request.out or _default_out(engine, model.id, profile.name))
+    outputs.check_out(out, force=request.force, resume=request.resume)
+    fetching = ", and fetching what is missing" if request.allow_download else ""
+    announce(f"looking at the machine and the model{fetching}")
+    probing = time.perf_counter()
+    probe, shape = _ask_child(engine, model, request.device, open_worker, deadlines)
+    probe_s = time.perf_counter() - probing
+    fitted, notes = profiles.fit(
+        profile,
+        preset=profile in profiles.presets().values(),
+        contexts=request.contexts,
+        batches=request.batches,
+        max_context_tokens=shape.max_context_tokens,
+    )
+    if request.revision is not None and shape.revision is None:
+        raise UsageError(f"{model.id} has no revisions; leave --revision out")
+    # What was described is what is loaded, however the hub changes meanwhile.
+    model = model.model_copy(update={"revision": shape.revision, "allow_download": False})
+    target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
+    entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
+    notes = (*notes, *_notes(request, probe, shape))
+    header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
+    if source.kind != "preset":
+        header = header.model_copy(update={"prompt_digest": private.keyed_digest(source.value or "")})
+    header = header.model_copy(update={"request": resume.request_digest(header, entries, recipes)})
+    return Preparation(out, header, tuple(entries), recipes, source, probe.device_uuid)
+
+
+def _profile(request: TuneRequest) -> Profile:
+    chosen = DEFAULT_PROFILE if request.profile is None else request.profile
+    return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
+
+
+def _model_id(request: TuneRequest, engine: Engine) -> str:
+    if request.model is None and not engine.own_models:
+        raise UsageError(f"engine {engine.name} has no demonstration model; name a --model")
+    model_id = engine.own_models[0] if request.model is None else request.model
+    if not model_id:
+        raise UsageError("--model is empty; name a model, or leave it out for the engine's demonstration")
+    return model_id
+
+
+def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[str]:
+    """What the user did not choose, and what decides how far the figures go."""
+    if request.profile is None:
+        yield DEFAULT_PROFILE_NOTE
+    cores = usable_cores()
+    if request.threads is None and probe.device == "cpu" and probe.threads is not None and probe.threads != cores:
+        yield f"measured with {probe.threads} of {cores} cores: if you serve with another number, say so with --threads"
+    if shape.weights == "checkpoint" and not shape.has_tokenizer:
+        yield "the model has no tokenizer that can be loaded: its prompts were random tokens"
+
+
+def _public_id(engine: Engine, model_id: str, *, local: bool) -> str:
+    schemes = (own for own in engine.own_models if own.endswith(":"))
+    return public_model_id(model_id, next((own for own in schemes if model_id.startswith(own)), ""), local=local)
+
+
+def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:
+    name = _public_id(engine, model_id, local=is_path(model_id))
+    return Path("kvat-out") / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{profile_name}").strip("-.")
+
+
+def _ask_child(
+    engine: Engine, model: ModelRef, device: str | None, open_worker: OpenWorker, limits: Deadlines
+) -> tuple[Probe, ModelShape]:
+    """Probe and describe in one short-lived child, because both may import anything."""
+    try:
+        with open_worker({}) as worker:
+            worker.call("start", {"engine": engine.name, "scratch": None}, "start", Limits(limits.start_s))
+            probe = Probe.model_validate(worker.call("probe", {"device": device}, "probe", Limits(limits.start_s)))
+            described = worker.call(
+                "describe",
+                {"model": model.model_dump(mode="json"), "device": probe.device},
+                "describe",
+                Limits(limits.download_s if model.allow_download else limits.load_s),
+            )
+            shape = ModelShape.model_validate(described)
+    except WorkerFailed as failed:
+        failure = failed.failure
+        raise UsageError(
+            f"engine {engine.name} cannot look at this machine and model ({failure.phase}: {failure.kind}, "
+            f"{failure.reason}); mend its installation or name another --model"
+        ) from failed
+    return probe, shape
+
+
+def _header(
+    request: TuneRequest,
+    engine: Engine,
+    probe: Probe,
+    shape: ModelShape,
+    target: Target,
+    profile: Profile,
+    notes: tuple[str, ...],
+    probe_s: float,
+) -> Header:
+    public = target.model.model_copy(update={"id": _public_id(engine, target.model.id, local=shape.local)})
+    return Header(
+        kvat=version("kvat-core"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        engine=engine.name,
+        versions=probe.versions,
+        target=target.model_copy(update={"model": public}),
+        shape=shape,
+        machine=machine.read_machine(target.device, target.threads, probe.device_memory_bytes),
+        profile=profile.redacted(),
+        space=request.space,
+        pinned=dict(request.pinned),
+        excluded=request.excluded,
+        seed=request.seed,
+        probe_s=probe_s,
+        instrument=tuple(engine.instrument()),
+        notes=notes,
+    )
+
+
+def _candidates(
+    request: TuneRequest, engine: Engine, probe: Probe, shape: ModelShape, target: Target, profile: Profile
+) -> tuple[list[CandidateEntry], dict[Cell, Recipe]]:
+    """Candidates with their recipes; two with the same recipes are one."""
+    entries = space.enumerate_candidates(
+        engine.space(shape, probe, SpaceRequest(space=request.space, threads=request.threads)),
+        request.space,
+        pinned=request.pinned,
+        excluded=request.excluded,
+        incumbent=request.incumbent,
+        check=lambda settings: engine.check(settings, shape, probe),
+    )
+    recipes: dict[Cell, Recipe] = {}
+    seen: dict[tuple[str, ...], str] = {}
+    distinct: list[CandidateEntry] = []
+    for entry in entries:
+        name = entry.candidate.id
+        if entry.exclusion is None:
+            mine = {s.key: engine.recipe(entry.candidate.settings, s, target) for s in profile.scenarios}
+            first = seen.setdefault(tuple(recipe.key for recipe in mine.values()), entry.candidate.label)
+            if first != entry.candidate.label:
+                entry = entry.model_copy(update={"exclusion": f"has the same recipe as {first}"})
+            recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
+        distinct.append(entry)
+    return distinct, recipes

@@ -1,0 +1,52 @@
+"""Digests of what a user wrote: equal for equal texts on this machine, and of no use to anybody else."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+KEY_BYTES = 32
+
+
+def keyed_digest(text: str) -> str | None:
+    """HMAC-SHA256 of a text with the key of this installation; None where no key can be kept.
+
+    A bare hash would not do: short or known texts can be found by trying.
+    """
+    key = _key()
+    return None if key is None else hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes | None:
+    path = _config_home() / "kvat" / "key"
+    try:
+        if not path.exists():
+            _create(path)
+        key = path.read_bytes()
+    except OSError:
+        return None
+    return key if len(key) == KEY_BYTES else None
+
+
+def _config_home() -> Path:
+    """As the XDG Base Directory Specification says."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+
+
+def _create(path: Path) -> None:
+    """Put a key in place whole, readable for its owner alone; who comes second keeps the first one's."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_name(f".{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(descriptor, secrets.token_bytes(KEY_BYTES))
+        os.fsync(descriptor)
+        os.link(fresh, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.close(descriptor)
+        fresh.unlink()
