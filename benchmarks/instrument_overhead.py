@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import count, cycle, islice
+from pathlib import Path
 from typing import Any
 
 from _record import Bound, Record, at_least_one, option_parser
@@ -85,10 +87,11 @@ class Bench:
 
     def __init__(self) -> None:
         engine = TransformersEngine()
+        self._scratch = tempfile.TemporaryDirectory()
         self._recipe: Recipe = engine.recipe(SETTINGS, SCENARIO, TARGET)
         # Read when torch is imported, which is what `adapter` does.
         os.environ.update(self._recipe.environment)
-        self._adapter: Any = engine.adapter()
+        self._adapter: Any = engine.adapter(Path(self._scratch.name))
         load: dict[str, Any] = self._recipe.load
         self._adapter.load_model(**load)
         self._adapter.prepare_cache(self._recipe)

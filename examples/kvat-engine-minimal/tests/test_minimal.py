@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def worker(cache: str) -> tuple[EngineAdapter, Recipe]:
     """What kvat does up to the first call, beginning with the entry point."""
     engine = load_engine("minimal")
     recipe = engine.recipe({"cache": cache}, SCENARIO, Target(model=ModelRef(id=engine.own_models[0]), device="cpu"))
-    adapter = engine.adapter()
+    adapter = engine.adapter(Path())
     adapter.load_model(**recipe.load)  # type: ignore[arg-type]
     adapter.prepare_cache(recipe)
     return adapter, recipe

@@ -18,7 +18,7 @@ MakeRun = Callable[..., Run]
 
 
 def fail(run: Run, name: str) -> None:
-    failure = Failure(kind="crash", phase="sample", reason="ended by SIGSEGV")
+    failure = Failure(kind="oom_host", phase="sample", reason="the host ran out of memory")
     run.add(Failed(launch=0, cell=Cell(candidate=name, scenario="8+3x1"), failure=failure))
 
 

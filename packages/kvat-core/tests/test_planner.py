@@ -26,7 +26,7 @@ REF = JournalRef(file="journal.jsonl", sha256="0", samples=0)
 
 
 def fail(run: Run, name: str) -> Run:
-    failure = Failure(kind="crash", phase="sample", reason="ended by SIGSEGV")
+    failure = Failure(kind="oom_host", phase="sample", reason="the host ran out of memory")
     run.add(Failed(launch=0, cell=Cell(candidate=name, scenario="8+3x1"), failure=failure))
     return run
 

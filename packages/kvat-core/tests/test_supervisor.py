@@ -70,8 +70,7 @@ def test_a_death_by_signal_is_a_crash_with_its_name(worker: WorkerProcess) -> No
     assert not caught.value.alive
 
 
-def test_what_does_not_answer_in_time_is_ended(worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "GRACE_S", Limits(0.2))
+def test_what_does_not_answer_in_time_is_ended(worker: WorkerProcess) -> None:
     process = child()
     process.suspend()
     with pytest.raises(WorkerFailed) as caught:

@@ -136,7 +136,7 @@ def test_an_adapter_that_answers_nonsense_costs_no_run(
         ("wrong-count", "invalid_output", "warm-up"),
         ("nan", "invalid_output", "warm-up"),
         ("secret", "error", "warm-up"),
-        ("hang", "timeout", "warm-up"),
+        ("hang", "timeout", "first token"),
     ],
 )
 def test_one_bad_candidate_costs_one_candidate(out: Path, behaviour: str, kind: str, phase: str) -> None:
@@ -272,7 +272,7 @@ def test_what_nobody_chose_is_noted(out: Path, monkeypatch: pytest.MonkeyPatch, 
         return Probe(device="cpu", threads=1, versions={})
 
     monkeypatch.setattr(FakeEngine, "probe", one_thread)
-    monkeypatch.setattr("kvat_core.tuner.usable_cores", lambda: 8)
+    monkeypatch.setattr("kvat_core.preparation.usable_cores", lambda: 8)
     plan = tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker).plan
     for part in ("no profile was named", "measured with 1 of 8 cores", "the weights are random"):
         assert any(part in note for note in plan.notes)

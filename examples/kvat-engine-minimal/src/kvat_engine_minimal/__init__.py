@@ -5,6 +5,7 @@ from __future__ import annotations
 import pprint
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from kvat_core.engine import Engine, EngineAdapter, Probe, SpaceRequest
 from kvat_core.errors import UsageError
@@ -61,7 +62,7 @@ class MinimalEngine(Engine):
         ]
         return {"snippet.py": _SNIPPET.format(runs=pprint.pformat(runs))}
 
-    def adapter(self) -> EngineAdapter:
+    def adapter(self, scratch: Path) -> EngineAdapter:
         """Imported here and not above: a real adapter brings its heavy libraries along."""
         from kvat_engine_minimal.adapter import MinimalAdapter
 

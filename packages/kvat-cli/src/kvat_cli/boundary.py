@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _explain(error)
     if code == INTERRUPTED:
-        print("kvat: interrupted; no plan is written, what had been measured is in the journal", file=sys.stderr)
+        print("kvat: interrupted at once; what had been measured is in the journal", file=sys.stderr)
     return int(code)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvat_core.errors import UsageError
+from kvat_core.measure.deadlines import Deadlines
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -41,6 +43,29 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, str]:
         if chosen.setdefault(knob, value) != value:
             raise UsageError(f"{option} gives {knob!r} two values, {chosen[knob]!r} and {value!r}; give one")
     return chosen
+
+
+def deadlines(option: str, texts: Sequence[str] | None) -> Deadlines:
+    """The deadlines with some phases' seconds replaced.
+
+    Raises:
+        UsageError: an unknown phase, or no number of seconds above 0.
+    """
+    chosen = {f"{phase.replace('-', '_')}_s": seconds for phase, seconds in settings(option, texts).items()}
+    known = [name.removesuffix("_s").replace("_", "-") for name in Deadlines.model_fields]
+    for name, seconds in chosen.items():
+        if name not in Deadlines.model_fields:
+            raise UsageError(f"{option} has no phase {name[:-2].replace('_', '-')!r}; choose one of {', '.join(known)}")
+        if not _is_seconds(seconds):
+            raise UsageError(f"{option} takes PHASE=SECONDS above 0, e.g. load=600; got {seconds!r}")
+    return Deadlines.model_validate(chosen)
+
+
+def _is_seconds(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -41,6 +41,10 @@ def tune(
         Path | None, typer.Option(metavar="DIR", help="For the results; default: kvat-out/MODEL-PROFILE.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Move an earlier run in DIR aside.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR; all else as it was.")] = False,
+    deadline: Annotated[
+        Pairs, typer.Option(metavar="PHASE=S", help="Seconds before a phase counts as hung; repeatable.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:
@@ -48,14 +52,17 @@ def tune(
 
     DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
     """
-    from kvat_cli.display import open_display
-    from kvat_cli.options import pairs, settings, whole_numbers
+    from kvat_cli.display import open_display, suppress_lost_terminal
+    from kvat_cli.options import deadlines, pairs, settings, whole_numbers
     from kvat_cli.summary import print_summary, print_warnings
     from kvat_core import tuner
     from kvat_core.errors import UsageError
+    from kvat_core.measure.interrupt import stop_on_signals
 
     if quiet and as_json:
         raise UsageError("kvat tune takes one of --quiet and --json")
+    if force and resume:
+        raise UsageError("kvat tune takes one of --force and --resume")
     request = tuner.TuneRequest(
         out=out,
         engine=engine,
@@ -73,12 +80,18 @@ def tune(
         incumbent=settings("--incumbent", incumbent),
         seed=seed,
         force=force,
+        resume=resume,
     )
-    with open_display(silent=quiet or as_json) as on_progress:
-        result = tuner.tune(request, on_progress)
-    if not quiet:
-        print_warnings(result.warnings)
-    if as_json:
-        print(result.plan.model_dump_json(indent=2))
-    elif not quiet:
-        print_summary(result, model)
+    limits = deadlines("--deadline", deadline)
+    with stop_on_signals() as stop, open_display(silent=quiet or as_json) as on_progress:
+        result = tuner.tune(request, on_progress, stop=stop, deadlines=limits)
+    # Everything is written by now; a terminal that was lost meanwhile changes nothing of it.
+    with suppress_lost_terminal():
+        if not quiet:
+            print_warnings(result.warnings)
+        if as_json:
+            print(result.plan.model_dump_json(indent=2))
+        elif not quiet:
+            print_summary(result, model)
+    if result.stopped is not None:
+        raise result.stopped

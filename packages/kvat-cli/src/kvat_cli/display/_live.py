@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import astuple
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -34,11 +35,14 @@ class LiveTable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        # The terminal may be gone, which must not cost the result.
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
         """Show this moment of a run."""
-        self._live.update(_picture(progress), refresh=True)
+        with contextlib.suppress(OSError):
+            self._live.update(_picture(progress), refresh=True)
 
 
 def _picture(progress: Progress) -> Group:

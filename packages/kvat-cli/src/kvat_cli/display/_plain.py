@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from kvat_cli.display._known import labels, state
 from kvat_report import one_line
 
 if TYPE_CHECKING:
-    from kvat_core.schema import Failed, LaunchOrder
+    from kvat_core.schema import Failed, Health, LaunchOrder
     from kvat_core.tuner import Progress
 
 _NAMED = 3
@@ -22,6 +23,7 @@ class PlainLines:
     def __init__(self) -> None:
         self._launches = 0
         self._failures = 0
+        self._checks = 0
 
     def __call__(self, progress: Progress) -> None:
         """Show this moment of a run."""
@@ -30,16 +32,30 @@ class PlainLines:
             return
         names = labels(run)
         for order in run.launches[self._launches :]:
-            print(_launch_line(order, names, state(progress)), flush=True)
+            _say(_launch_line(order, names, state(progress)))
         for failed in run.failed[self._failures :]:
-            print(_failure_line(failed, names), flush=True)
-        self._launches, self._failures = len(run.launches), len(run.failed)
+            _say(_failure_line(failed, names))
+        for health in run.health[self._checks :]:
+            _say(_health_line(health, run.header.target.device))
+        self._launches, self._failures, self._checks = len(run.launches), len(run.failed), len(run.health)
+
+
+def _say(line: str) -> None:
+    """Print a line; a reader that went away must not end a long run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def _launch_line(order: LaunchOrder, names: Mapping[str, str], standing: str) -> str:
     candidates = list(dict.fromkeys(names[cell.candidate] for cell in order.cells))
     what = "; ".join(candidates) if len(candidates) <= _NAMED else f"{len(candidates)} candidates"
     return one_line(f"launch {order.launch} for {order.purpose}: {what} ({standing})")
+
+
+def _health_line(health: Health, device: str) -> str:
+    if health.ok:
+        return f"several failures in a row: checked that {device} still works, going on"
+    return one_line(f"several failures in a row, and {device} does not work: {health.reason}")
 
 
 def _failure_line(failed: Failed, names: Mapping[str, str]) -> str:
