@@ -16,6 +16,7 @@ from kvat_engine_transformers import TransformersAdapter
 from kvat_engine_transformers.recipes import recipe
 
 DEFAULTS = {
+    "threads": "1",
     "dtype": "float32",
     "attention": "sdpa",
     "cache": "dynamic",

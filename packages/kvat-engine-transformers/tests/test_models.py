@@ -15,7 +15,13 @@ import torch
 from kvat_core.engine import EngineError
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, PromptSource
-from kvat_engine_transformers import TransformersEngine, build_random_model, builtin_path, random_path
+from kvat_engine_transformers import (
+    TransformersAdapter,
+    TransformersEngine,
+    build_random_model,
+    builtin_path,
+    random_path,
+)
 from kvat_engine_transformers.devices import probe_device
 
 WriteConfig = Callable[[Mapping[str, Any]], Path]
@@ -148,7 +154,7 @@ def test_a_tokenizer_that_cannot_be_loaded_costs_nothing_else(tmp_path: Path) ->
     folder = copied(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{")
     assert not describe(folder).has_tokenizer
-    adapter = TransformersEngine().adapter()
+    adapter = TransformersAdapter()
     extra = {"revision": None, "threads": 1, "compile": "off"}
     adapter.load_model(str(folder), "float32", "cpu", "sdpa", extra)
     assert adapter.make_prompt(PromptSource(kind="text", value="words"), 20, 1, 1).shape == (1, 20)
@@ -159,14 +165,14 @@ def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     extra = {"revision": None, "threads": 1, "compile": "off"}
     with pytest.raises(EngineError, match="weight files are damaged or incomplete; fetch them again"):
-        TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
+        TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
 def test_weights_of_another_config_say_what_to_do(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model", intermediate_size=96)
     extra = {"revision": None, "threads": 1, "compile": "off"}
     with pytest.raises(EngineError, match="the weights do not have the shapes"):
-        TransformersEngine().adapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
+        TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
 @pytest.mark.parametrize(

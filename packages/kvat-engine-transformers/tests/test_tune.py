@@ -161,9 +161,9 @@ def reachable() -> list[CandidateEntry]:
     shape = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="bfloat16")
     found: dict[str, CandidateEntry] = {}
     for device in ("cpu", "cuda:0", "mps"):
-        probe = Probe(device=device, versions={})
+        probe = Probe(device=device, versions={}, threads=1)
         entries = enumerate_candidates(
-            knobs.space(shape, probe), "full", pinned={}, excluded=(), incumbent={}, check=lambda settings: None
+            knobs.space(shape, probe, None), "full", pinned={}, excluded=(), incumbent={}, check=lambda settings: None
         )
         found |= {entry.candidate.id: entry for entry in entries}
     return list(found.values())

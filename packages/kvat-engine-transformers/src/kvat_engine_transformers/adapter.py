@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTraine
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import actions, proof
+from kvat_engine_transformers import actions, memory, proof
+from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
-from kvat_engine_transformers.memory import cache_bytes, peak_device_bytes, peak_host_bytes, start_host_peak
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
 from kvat_engine_transformers.prompts import prompt_ids, text_ids
 from kvat_engine_transformers.random_model import build_random_model
@@ -24,27 +24,13 @@ PROOF_TOKENS = 3
 """Enough for a prefill and two decode steps; a static cache has the scenario's slots all the same."""
 
 
-class TokenClock:
-    """A streamer that notes when tokens reach the host; the first thing it gets is the prompt."""
-
-    def __init__(self) -> None:
-        self.times_ns: list[int] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.times_ns.append(time.perf_counter_ns())
-
-    def end(self) -> None:
-        pass
-
-
 class Call(NamedTuple):
-    """One call of generate with its times on the host."""
+    """One call of generate with its times, seconds from its start."""
 
     tokens: torch.Tensor
     prompt_tokens: int
-    start_ns: int
-    token_ns: list[int]
-    end_ns: int
+    token_s: list[float]
+    duration_s: float
     compilations: int
 
 
@@ -60,6 +46,10 @@ class TransformersAdapter(EngineAdapter):
         self._ordinary_ids: list[int] = []
         self._text_ids: dict[PromptSource, list[int]] = {}
         self._cache_bytes: int | None = None
+        self._predicted_cache_bytes: int | None = None
+        self._ready_host_bytes: int | None = None
+        self._graphs_before = 0
+        self._clock: TokenClock | None = None
 
     def load_model(
         self,
@@ -80,7 +70,6 @@ class TransformersAdapter(EngineAdapter):
         special = self._special_ids()
         self._ordinary_ids = [token for token in range(self._vocabulary()) if token not in special]
         self._text_ids.clear()
-        start_host_peak()
 
     def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
         rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
@@ -93,8 +82,12 @@ class TransformersAdapter(EngineAdapter):
         if strategy != self._prepared and left_behind.pop("_compiled_call", None) is not None:
             left_behind.pop("_last_compile_config", None)
             torch.compiler.reset()
-        self._cache_bytes = None
+        if strategy != self._prepared:
+            self._graphs_before = proof.compiled_graphs()
+        self._cache_bytes = self._predicted_cache_bytes = None
         self._prepared = strategy
+        memory.start_peaks(self.model.device)
+        self._ready_host_bytes = memory.resident_bytes()
 
     def run_decode(self, prompt: torch.Tensor, max_new_tokens: int) -> Timeline:
         return _timeline(self.generate(prompt, max_new_tokens))
@@ -105,16 +98,27 @@ class TransformersAdapter(EngineAdapter):
 
     def applied(self, prompt: torch.Tensor) -> Applied:
         with translated(), actions.entered(self._recipe):
-            seen = proof.observe(self.model, prompt, self._arguments(PROOF_TOKENS))
+            seen = proof.observe(self.model, prompt, self._arguments(PROOF_TOKENS), self._graphs_before)
         return proof.compare(seen, self._recipe)
 
     def measure_resources(self) -> Resources:
+        device = self.model.device
+        on_cuda = device.type == "cuda"
+        reserved = torch.cuda.max_memory_reserved(device) if on_cuda else None
         return Resources(
             processes=("worker",),
-            peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=peak_device_bytes(self.model.device),
+            peak_host_bytes=memory.peak_host_bytes(),
+            ready_host_bytes=self._ready_host_bytes,
+            pinned_host_bytes=memory.pinned_bytes(device),
+            peak_device_bytes=reserved,
+            device_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+            device_reserved_bytes=reserved,
             kv_cache_bytes=self._cache_bytes,
+            kv_cache_predicted_bytes=self._predicted_cache_bytes,
         )
+
+    def tokens_seen(self) -> int | None:
+        return 0 if self._clock is None else self._clock.seen()
 
     def cleanup(self) -> None:
         # The process ends with the launch, and with it whatever torch still holds.
@@ -141,19 +145,38 @@ class TransformersAdapter(EngineAdapter):
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         generate: Any = self.model.generate
-        clock = TokenClock()
+        self._clock = clock = clock_for(self.model.device)
         graphs = proof.compiled_graphs()
         _synchronize(self.model.device)
         with translated(), actions.entered(self._recipe):
             start_ns = time.perf_counter_ns()
-            output = generate(**inputs, **arguments, streamer=clock)
-            end_ns = time.perf_counter_ns()
+            clock.start()
+            output = generate(**inputs, **arguments, **clock.arguments())
+            _synchronize(self.model.device)
+            duration_s = (time.perf_counter_ns() - start_ns) / 1e9
         tokens, cache = _unpack(output)
+        self._look_at(cache, prompt, max_new_tokens)
+        return Call(tokens, prompt.shape[1], clock.token_s(), duration_s, proof.compiled_graphs() - graphs)
+
+    def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
+        """Size up the cache that a call has left, beside what it should be.
+
+        Raises:
+            EngineError: it has other slots than the recipe says.
+        """
+        batch_size, prompt_tokens = prompt.shape
+        self._predicted_cache_bytes = memory.predicted_cache_bytes(
+            self.model.config,
+            self._recipe.arguments,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            batch_size=batch_size,
+            element_bytes=self.model.dtype.itemsize,
+        )
         if cache is not None:
-            self._cache_bytes = cache_bytes(cache)
+            self._cache_bytes = memory.cache_bytes(cache)
             if wrong := proof.wrong_slots(cache, self._recipe):
                 raise EngineError("not_applied", wrong)
-        return Call(tokens, prompt.shape[1], start_ns, clock.times_ns[1:], end_ns, proof.compiled_graphs() - graphs)
 
     def _ids(self, source: PromptSource) -> list[int]:
         """Ids of a prompt's text, tokenised once."""
@@ -192,18 +215,16 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) ->
 
 def _timeline(call: Call) -> Timeline:
     """All requests of a batch share their steps, so they share their times."""
-    first_ns, last_ns = call.token_ns[0], call.token_ns[-1]
-    gaps_s = tuple((later - earlier) / 1e9 for earlier, later in pairwise(call.token_ns))
     request = RequestTiming(
         prompt_tokens=call.prompt_tokens,
         output_tokens=call.tokens.shape[1] - call.prompt_tokens,
-        ttft_s=(first_ns - call.start_ns) / 1e9,
-        e2e_s=(last_ns - call.start_ns) / 1e9,
-        token_gaps_s=gaps_s,
+        ttft_s=call.token_s[0],
+        e2e_s=call.token_s[-1],
+        token_gaps_s=tuple(later - earlier for earlier, later in pairwise(call.token_s)),
     )
     return Timeline(
         clock="host",
-        duration_s=(call.end_ns - call.start_ns) / 1e9,
+        duration_s=call.duration_s,
         requests=(request,) * call.tokens.shape[0],
         compilations=call.compilations,
     )
@@ -216,7 +237,7 @@ def _unpack(output: Any) -> tuple[torch.Tensor, Cache | None]:
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait for work queued before the call; the call itself ends with its tokens on the host."""
+    """Wait for work in the device's queue, before and after a call and nowhere else."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

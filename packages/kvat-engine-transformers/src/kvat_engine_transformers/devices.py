@@ -24,13 +24,15 @@ def probe_device(device: str | None) -> Probe:
         UsageError: the device is unknown or not there.
     """
     chosen = _choose(device)
+    _use(chosen)
     facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
     return Probe(
         device=chosen,
         threads=_threads(),
         device_memory_bytes=_own_memory_bytes(chosen),
         versions=_versions(),
-        facts={**facts, "free_bytes": free_bytes(chosen)},
+        device_uuid=_uuid(chosen),
+        facts={**facts, "free_bytes": free_bytes(chosen), "cores": usable_cores()},
     )
 
 
@@ -54,6 +56,28 @@ def _choose(asked: str | None) -> str:
     if name in present:
         return name
     raise UsageError(f"device {asked} is not here; choose one of: {', '.join(present)}")
+
+
+def _use(device: str) -> None:
+    """Compute something small on the device and wait for it.
+
+    Raises:
+        UsageError: it does not work.
+    """
+    try:
+        ones = torch.ones(512, 512, device=device)
+        works = float((ones @ ones)[0, 0]) == 512.0
+    except RuntimeError as error:
+        raise UsageError(f"device {device} is there but does not work ({type(error).__name__})") from error
+    if not works:
+        raise UsageError(f"device {device} computes wrong results")
+
+
+def _uuid(device: str) -> str | None:
+    """As its driver is asked by; AMD's cards have none that NVML knows."""
+    if not device.startswith("cuda") or torch.version.hip is not None:
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _present() -> list[str]:

@@ -22,9 +22,26 @@ KERNELS = {
 _HALF_ONLY = ("sdpa_flash", "sdpa_cudnn")
 
 
-def space(shape: ModelShape, probe: Probe) -> tuple[Knob, ...]:
-    """All knobs with all values, each unavailable one with its reason."""
-    return (_dtype(shape, probe), _attention(shape, probe), _cache(), _compile(probe), _grad_mode())
+OWN_THREADS = "own"
+"""Value of `threads` that leaves torch the number it takes by itself."""
+
+
+def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, ...]:
+    """All knobs with all values, each unavailable one with its reason.
+
+    Args:
+        shape: of the model.
+        probe: of the machine.
+        threads: CPU threads that the user asked for, None if nobody did.
+    """
+    return (
+        _dtype(shape, probe),
+        _attention(shape, probe),
+        _cache(),
+        _compile(probe),
+        _grad_mode(),
+        _threads(probe, threads),
+    )
 
 
 def require_known(settings: Mapping[str, str]) -> None:
@@ -34,15 +51,22 @@ def require_known(settings: Mapping[str, str]) -> None:
         UsageError: a knob is missing, or a knob or value is none of this engine's.
     """
     any_model = ModelShape(architecture="any", layers=1, attention=("other",))
-    known = {knob.name: knob for knob in space(any_model, Probe(device="cpu", versions={}))}
+    known = {knob.name: knob for knob in space(any_model, Probe(device="cpu", versions={}), None)}
     missing = next((name for name in known if name not in settings), None)
     strange = next(
-        (f"{name}={one}" for name, one in settings.items() if name not in known or known[name].value(one) is None), None
+        (f"{name}={one}" for name, one in settings.items() if name not in known or not _is_value(known[name], one)),
+        None,
     )
     if strange is not None:
         raise UsageError(f"this kvat-engine-transformers does not know {strange}; use the version that wrote the plan")
     if missing is not None:
         raise UsageError(f"the plan says nothing of {missing}; use the kvat-engine-transformers that wrote it")
+
+
+def _is_value(knob: Knob, text: str) -> bool:
+    # Any number of threads will do; which of them are worth a trial is a question of the machine.
+    is_number = text.isascii() and text.isdigit() and int(text) > 0
+    return knob.value(text) is not None or (knob.name == "threads" and is_number)
 
 
 def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
@@ -141,3 +165,19 @@ def _grad_mode() -> Knob:
     no_grad = KnobValue(name="no_grad", space="safe")
     inference_mode = KnobValue(name="inference_mode", space="default", simplicity=1)
     return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad")
+
+
+def _threads(probe: Probe, asked: int | None) -> Knob:
+    """What is used if nobody chooses, and in the full space of a CPU also one, half of the cores, and all of them."""
+    default = asked or probe.threads
+    cores = probe.facts.get("cores")
+    numbers = {default} if default else set()
+    if asked is None and default and _kind(probe) == "cpu" and isinstance(cores, int):
+        numbers |= {1, max(1, cores // 2), cores}
+
+    def value(number: int) -> KnobValue:
+        is_default = number == default
+        return KnobValue(name=str(number), space="safe" if is_default else "full", simplicity=int(not is_default))
+
+    values = tuple(value(number) for number in sorted(numbers)) or (KnobValue(name=OWN_THREADS, space="safe"),)
+    return Knob(name="threads", values=values, default=str(default or OWN_THREADS))

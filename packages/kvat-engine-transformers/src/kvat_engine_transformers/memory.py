@@ -1,24 +1,37 @@
-"""Bytes: of the process, of the device, and of a live cache."""
+"""Bytes: of the process, of the device, and of a cache, as it is and as its shape says."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
+
+_QUANTO_GROUP, _QUANTO_RESIDUAL = 64, 128
+"""Group size and residual length that a quantised cache of Transformers has if nobody says otherwise."""
 
 
-def start_host_peak() -> None:
-    """Forget the peak so far, where the system can: on Linux. Elsewhere loading stays part of it."""
+def start_peaks(device: torch.device) -> None:
+    """Forget the peaks so far, where the system can: of the host only on Linux. Elsewhere loading stays part of it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current size
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_bytes() -> int:
+    """Present resident size of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_host_bytes() -> int:
-    """Peak resident size of this process since `start_host_peak`; over its lifetime where that can do nothing."""
+    """Peak resident size of this process since `start_peaks`; over its lifetime where that can do nothing."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -27,12 +40,100 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_device_bytes(device: torch.device) -> int | None:
-    """Peak that torch reserved on a CUDA device, its own view alone; None on other devices."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+def pinned_bytes(device: torch.device) -> int | None:
+    """Peak of host memory that torch has locked for a CUDA device; None on other devices, or where it is not told."""
+    if device.type != "cuda" or not hasattr(torch.cuda, "host_memory_stats"):
+        return None
+    peak = torch.cuda.host_memory_stats().get("allocated_bytes.peak")
+    return None if peak is None else int(peak)
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds now, allocated slots included."""
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """Bytes of memory that the keys and values of a cache keep allocated now.
+
+    What counts is the storage behind each tensor: allocated but unused slots belong to it, and so does the token by
+    which a sliding window's storage is longer than the window that is seen of it.
+    """
+    fields = ("keys", "values", "_quantized_keys", "_quantized_values")
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for field in fields
+        for tensor in _plain_tensors(getattr(layer, field, None))
+    }
+    return sum(storages.values())
+
+
+def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors that really hold something; those of quanto pretend to the size and dtype that they stand for."""
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _plain_tensors(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _plain_tensors(part)
+
+
+def predicted_cache_bytes(
+    config: PreTrainedConfig,
+    arguments: Mapping[str, Any],
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch_size: int,
+    element_bytes: int,
+) -> int | None:
+    """Bytes that the cache of a finished call holds, by the model's shape alone; None where the shape does not tell.
+
+    Args:
+        config: of the model.
+        arguments: of `generate`, as in a recipe.
+        prompt_tokens: per request.
+        output_tokens: per request; the last one is never stored.
+        batch_size: requests.
+        element_bytes: of a key's or value's number, unquantised.
+    """
+    text = config.get_text_config(decoder=True)
+    windows = _windows(text)
+    if windows is None:
+        return None
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = int(2 * heads * head_dim * batch_size)
+    stored = prompt_tokens + output_tokens - 1
+    if arguments["cache_implementation"] == "quantized":
+        layer_bytes = _quantised_bytes(per_token, prompt_tokens, output_tokens - 1, element_bytes, arguments)
+        return len(windows) * layer_bytes
+    slots = int(arguments.get("max_cache_len") or stored)
+    held: int = sum(min(slots, window or slots) for window in windows)
+    return held * per_token * element_bytes
+
+
+def _windows(text: Any) -> list[int | None] | None:
+    """Window of each layer, None for full attention; None if any layer keeps something else than keys and values."""
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    if not set(kinds) <= {"sliding_attention", "full_attention"} or hasattr(text, "kv_lora_rank"):
+        return None
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _quantised_bytes(
+    per_token: int, prompt_tokens: int, steps: int, element_bytes: int, arguments: Mapping[str, Any]
+) -> int:
+    """Of one layer. What decoding adds stays as it is until there are `residual_length` of it."""
+    options = arguments.get("cache_config") or {}
+    if options.get("backend") == "fp8":
+        return (prompt_tokens + steps) * per_token + 2 * 4  # one byte each, and one scale for keys and for values
+    residual = steps % int(options.get("residual_length", _QUANTO_RESIDUAL))
+    quantised = (prompt_tokens + steps - residual) * per_token
+    groups = quantised // int(options.get("q_group_size", _QUANTO_GROUP))
+    scales_and_zeros = 2 * element_bytes * groups
+    return quantised * int(options.get("nbits", 4)) // 8 + scales_and_zeros + residual * per_token * element_bytes

@@ -90,15 +90,20 @@ def compiled_graphs() -> int:
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
-def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str, Any]) -> Seen:
+def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str, Any], graphs_before: int) -> Seen:
     """Generate once under the profiler, inside the recipe's contexts, and read everything back.
+
+    Args:
+        model: the live model.
+        prompt: ids, batch × tokens.
+        arguments: of `generate`.
+        graphs_before: `compiled_graphs` before the first call of the recipe.
 
     Raises:
         EngineError: the model keeps its keys and values in something else than a `Cache`, or keeps none.
     """
     generate: Any = model.generate
     witness = _Witness()
-    graphs = compiled_graphs()
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if "compile_config" in arguments:
         # Compiled beforehand, because tracing calls kernels that the compiled graph does not.
@@ -118,7 +123,7 @@ def observe(model: PreTrainedModel, prompt: torch.Tensor, arguments: Mapping[str
         devices=_names(parameter.device for parameter in model.parameters()),
         threads=torch.get_num_threads(),
         compile=_compile_mode(model),
-        graphs=compiled_graphs() - graphs,
+        graphs=compiled_graphs() - graphs_before,
     )
 
 

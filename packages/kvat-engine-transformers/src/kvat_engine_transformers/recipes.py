@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe, Scenario, Target
-from kvat_engine_transformers.knobs import KERNELS
+from kvat_engine_transformers.knobs import KERNELS, OWN_THREADS
 
 WARMUP_EAGER = 2
 WARMUP_COMPILED = 5
@@ -17,7 +17,7 @@ def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> R
     """What is done for these settings in this scenario, as data."""
     compiled = settings["compile"] != "off"
     return Recipe(
-        environment=_environment(target),
+        environment=_environment(settings),
         load={
             "model_id": target.model.id,
             "dtype": settings["dtype"],
@@ -40,11 +40,11 @@ def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> R
     )
 
 
-def _environment(target: Target) -> dict[str, str]:
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     # Offline, because whatever may be fetched has been when the model was described.
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if target.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(target.threads)
+    if (threads := _threads(settings)) is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     return environment
 
 
@@ -52,9 +52,14 @@ def _extra(settings: Mapping[str, str], target: Target) -> dict[str, JsonValue]:
     # Compiled code outlives the call that made it, so a compiled candidate gets a launch of its own.
     return {
         "revision": target.model.revision,
-        "threads": target.threads,
+        "threads": _threads(settings),
         "compile": settings["compile"],
     }
+
+
+def _threads(settings: Mapping[str, str]) -> int | None:
+    """CPU threads, or None to leave torch its own number."""
+    return None if settings["threads"] == OWN_THREADS else int(settings["threads"])
 
 
 def _contexts(settings: Mapping[str, str]) -> tuple[ContextCall, ...]:

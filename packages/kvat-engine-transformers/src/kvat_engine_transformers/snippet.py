@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pprint
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from pydantic import JsonValue
 
@@ -45,7 +46,6 @@ SAMPLES = {samples}
 
 def load({load_parameter}):
     """Load the model with the measured dtype, attention and threads."""
-    torch.set_num_threads({threads})
 {load_body}
 
 
@@ -151,8 +151,7 @@ def render(plan: Plan) -> str:
         scenarios=_scenarios(scenarios),
         reset=_RESET if shown.compiles else "",
         compiles=_COMPILES if shown.compiles else "",
-        threads=plan.machine.threads,
-        load_body="\n".join(_load_body(plan.model, local, shown)),
+        load_body="\n".join([*_threads_line(shown), *_load_body(plan.model, local, shown)]),
         generate_body="\n".join(_generate_body(shown)),
         # The proof call of a launch warms up as well.
         warmup=1 + shown.warmup_calls(plan.profile.warmup),
@@ -194,6 +193,11 @@ def _model_constant(model_id: str, local: bool) -> str:
     if local:
         return f"\nMODEL = {json.dumps(model_id)}"
     return f"\nMODEL = {json.dumps(model_id)}" if not model_id.startswith((BUILTIN, RANDOM)) else ""
+
+
+def _threads_line(shown: Recipe) -> list[str]:
+    extra = cast("Mapping[str, JsonValue]", shown.load["extra"])
+    return [] if extra["threads"] is None else [f"    torch.set_num_threads({extra['threads']})"]
 
 
 def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
