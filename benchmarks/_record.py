@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from kvat_core import machine, outputs
+from kvat_core import outputs
+from kvat_core.noise import standing_findings
 from kvat_core.schema import Machine
 
 DISTRIBUTIONS = (
@@ -62,7 +63,7 @@ class Record:
         self._options = options
         self._date = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
         # Before the benchmark itself makes the machine busy.
-        self._noise = machine.warnings()
+        self._noise = standing_findings()
 
     def close(self, where: Machine, bounds: Sequence[Bound], values: dict[str, Any]) -> int:
         """Write and print the result.

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from kvat_core import tuner
-from kvat_core.errors import AllFailed, NothingFeasible, UsageError
+from kvat_core.errors import AllFailed, Interrupted, NothingFeasible, UsageError
 
 Run = Callable[..., Any]
 FAKE = ("tune", "--engine", "fake", "--model", "fake:tiny")
@@ -28,6 +28,24 @@ FAKE = ("tune", "--engine", "fake", "--model", "fake:tiny")
         (("tune", "--incumbent", "cache="), "--incumbent takes KNOB=VALUE"),
         (("tune", "--set", "a=1", "--set", "a=2"), "--set gives 'a' two values, '1' and '2'; give one"),
         (("tune", "--quiet", "--json"), "kvat tune takes one of --quiet and --json"),
+        (("tune", "--force", "--resume"), "kvat tune takes one of --force and --resume"),
+        (
+            (*FAKE, "--resume"),
+            "--out kvat-out/fake-tiny-ci-micro has no journal.jsonl to go on with; leave --resume out",
+        ),
+        (
+            ("tune", "--deadline", "lunch=60"),
+            "--deadline has no phase 'lunch'; choose one of start, load, download, compile, first-token, gap, sample, "
+            "other, grace",
+        ),
+        (("tune", "--deadline", "load_s=60"), "--deadline has no phase 'load_s'"),
+        (("tune", "--deadline", "load"), "--deadline takes PHASE=SECONDS, above 0, e.g. load=600; got 'load'"),
+        (("tune", "--deadline", "load=soon"), "--deadline takes PHASE=SECONDS, above 0, e.g. load=600; got 'soon'"),
+        (("tune", "--deadline", "load=0"), "--deadline takes PHASE=SECONDS"),
+        (("tune", "--deadline", "load=-1"), "--deadline takes PHASE=SECONDS"),
+        (("tune", "--deadline", "load=inf"), "--deadline takes PHASE=SECONDS"),
+        (("tune", "--deadline", "load=nan"), "--deadline takes PHASE=SECONDS"),
+        (("tune", "--deadline", "gap=1", "--deadline", "gap=2"), "--deadline gives 'gap' two values, '1' and '2'"),
         (("tune", "--space", "huge"), "Invalid value for '--space'"),
         (("tune", "--threads", "0"), "Invalid value for '--threads'"),
         (("tune", "--threads", "two"), "Invalid value for '--threads'"),
@@ -75,17 +93,14 @@ def test_bad_input_in_a_process_of_its_own(kvat_process: Run) -> None:
             70,
             "kvat: error: internal error (ZeroDivisionError); repeat with --debug for the traceback\n",
         ),
-        (
-            KeyboardInterrupt(),
-            130,
-            "kvat: interrupted; no plan is written, what had been measured is in the journal\n",
-        ),
+        (Interrupted("interrupted; go on with --resume"), 130, "kvat: error: interrupted; go on with --resume\n"),
+        (KeyboardInterrupt(), 130, "kvat: interrupted at once; what had been measured is in the journal\n"),
     ],
 )
 def test_what_escapes_becomes_one_line(
     kvat: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
-    def fail(*_: object) -> NoReturn:
+    def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
     monkeypatch.setattr(tuner, "tune", fail)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvat_core import Profile, discovery, load_profile, machine, presets
+from kvat_core import Profile, discovery, load_profile, noise, presets
 from kvat_core.discovery import EngineStatus
 from kvat_core.schema import EVENT_TYPES
 
@@ -89,15 +89,18 @@ def test_engines_shows_foreign_text_on_one_line(kvat: Run, monkeypatch: pytest.M
 
 
 def test_doctor_shows_machine_findings_and_engines(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "warnings", lambda: ["the room is loud: close the door"])
+    monkeypatch.setattr(noise, "standing_findings", lambda: ["the room is loud: close the door"])
+    monkeypatch.setattr(noise, "tried_findings", lambda: ["two talk at once: send one out"])
     lines = kvat("doctor").out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["CPU", "memory"]
     assert "- the room is loud: close the door" in lines
+    assert "- two talk at once: send one out" in lines
     assert any(line.startswith("fake ") for line in lines[lines.index("Engines:") :])
 
 
 def test_doctor_on_a_quiet_machine(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "warnings", list)
+    monkeypatch.setattr(noise, "standing_findings", list)
+    monkeypatch.setattr(noise, "tried_findings", list)
     assert "Noise: nothing found that disturbs measurements" in kvat("doctor").out
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from kvat_core import read_plan, tuner
+from kvat_core.measure.deadlines import Deadlines
+from kvat_core.measure.interrupt import Stop
 from kvat_core.tuner import TuneRequest, TuneResult
 
 Run = Callable[..., Any]
@@ -34,20 +36,22 @@ def result_of(out: Path, **plan_changes: Any) -> TuneResult:
     )
 
 
-def record_requests(monkeypatch: pytest.MonkeyPatch, result: TuneResult) -> list[TuneRequest]:
-    """Replace measuring by a result that is there already; what was asked for ends up in the list."""
+def measured_already(monkeypatch: pytest.MonkeyPatch, result: TuneResult) -> tuple[list[TuneRequest], list[Deadlines]]:
+    """Replace measuring by a result that is there; what was asked for, and its deadlines, end up in the lists."""
     requests: list[TuneRequest] = []
+    limits: list[Deadlines] = []
 
-    def tune(request: TuneRequest, on_progress: object) -> TuneResult:
+    def tune(request: TuneRequest, on_progress: object, *, stop: Stop, deadlines: Deadlines) -> TuneResult:
         requests.append(request)
+        limits.append(deadlines)
         return result
 
     monkeypatch.setattr(tuner, "tune", tune)
-    return requests
+    return requests, limits
 
 
 def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = record_requests(monkeypatch, result_of(tuned))
+    requests, _ = measured_already(monkeypatch, result_of(tuned))
     words = (
         "tune --engine e --model m --revision r --allow-download --device cuda:1 --threads 3 --profile p "
         "--context 2048,4096 --batch 1,4 --space full --set a=1 --set b=x=y --exclude c=2 --exclude c=3 "
@@ -77,9 +81,22 @@ def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.
 
 
 def test_without_options_the_request_is_the_default(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = record_requests(monkeypatch, result_of(tuned))
+    requests, limits = measured_already(monkeypatch, result_of(tuned))
     kvat("tune")
     assert requests == [TuneRequest()]
+    assert limits == [Deadlines()]
+
+
+def test_resume_is_part_of_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, _ = measured_already(monkeypatch, result_of(tuned))
+    assert kvat("tune", "--resume", "--quiet").code == 0
+    assert requests == [TuneRequest(resume=True)]
+
+
+def test_a_deadline_replaces_that_of_its_phase_alone(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, limits = measured_already(monkeypatch, result_of(tuned))
+    assert kvat("tune", "--quiet", "--deadline", "load=7.5", "--deadline", "first-token=2").code == 0
+    assert limits == [Deadlines(load_s=7.5, first_token_s=2)]
 
 
 def test_a_run_prints_launches_decision_settings_files_and_times(kvat: Run, tmp_path: Path) -> None:
@@ -134,14 +151,14 @@ def test_all_failed_is_exit_code_5(kvat: Run, tmp_path: Path) -> None:
 def test_undecided_is_a_result_and_no_failure(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     incumbent = read_plan(tuned / "best_plan.json").incumbent
     result = result_of(tuned, verdict="undecided", winner=incumbent)
-    monkeypatch.setattr(tuner, "tune", lambda *_: result)
+    measured_already(monkeypatch, result)
     outcome = kvat("tune")
     assert outcome.code == 0
     assert outcome.out.startswith("Undecided: keep what you run today (default)")
 
 
 def test_the_wall_time_is_split(kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "tune", lambda *_: result_of(tuned))
+    measured_already(monkeypatch, result_of(tuned))
     outcome = kvat("tune")
     assert outcome.out.splitlines()[-1] == (
         "Took 1 min 40 s: 20 s loading the model, 10 s importing libraries, 1 min 05 s generating, 5.0 s other"
@@ -154,7 +171,7 @@ def test_the_next_step_names_the_directory_that_a_plan_does_not(
 ) -> None:
     plan = read_plan(tuned / "best_plan.json")
     local = plan.model.model_copy(update={"id": "random:./mine"})
-    monkeypatch.setattr(tuner, "tune", lambda *_: result_of(tuned, model=local))
+    measured_already(monkeypatch, result_of(tuned, model=local))
     shown = kvat("tune", "--model", "random:/some where/mine").out
     assert f"\n  python {tuned / 'snippet.py'} '/some where/mine' " in shown
 
@@ -162,7 +179,7 @@ def test_the_next_step_names_the_directory_that_a_plan_does_not(
 def test_a_renderer_s_complaint_is_not_swallowed_by_json(
     kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuner, "tune", lambda *_: replace(result_of(tuned), warnings=("one", "two")))
+    measured_already(monkeypatch, replace(result_of(tuned), warnings=("one", "two")))
     assert kvat("tune", "--json").err == "kvat: warning: one\nkvat: warning: two\n"
     assert kvat("tune", "--quiet").err == ""
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -9,8 +14,10 @@ import psutil
 import pynvml
 import pytest
 
-from kvat_core import machine
+from kvat_core import noise
+from kvat_core.measure.conditions import SystemWatch
 from kvat_core.probes import cpu, gpu
+from kvat_core.schema import GpuConditions
 
 
 @pytest.fixture
@@ -57,8 +64,106 @@ def test_hidden_power_supplies_are_no_error(monkeypatch: pytest.MonkeyPatch) -> 
         raise FileNotFoundError("/sys/class/power_supply")
 
     monkeypatch.setattr(psutil, "sensors_battery", hidden, raising=False)
-    assert not any("battery" in finding for finding in machine.warnings())
+    assert not any("battery" in finding for finding in noise.standing_findings())
 
 
 def test_available_memory_is_part_of_all_memory() -> None:
     assert 0 < cpu.available_memory_bytes() <= cpu.memory_bytes()
+
+
+def test_a_control_group_s_quota_is_counted_in_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, cores in (("150000 100000", 1.5), ("max 100000", None)):
+        monkeypatch.setattr(Path, "is_file", lambda path: path.name == "cpu.max")
+        monkeypatch.setattr(Path, "read_text", lambda path, words=words: words)
+        assert cpu.quota_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("probe", "value", "finding"),
+    [
+        ("host.load_average", 7.0, "load average 7.0 on 2 cores"),
+        ("cpu.quota_cores", 1.5, "its control group allows 1.5 of 2 cores: .* use --threads 1"),
+        ("cpu.available_memory_bytes", 2**28, "only 0.2 GiB of memory are available: close programs"),
+    ],
+)
+def test_a_finding_says_what_to_do(monkeypatch: pytest.MonkeyPatch, probe: str, value: float, finding: str) -> None:
+    quiet = {
+        "host.load_average": 0.1,
+        "cpu.quota_cores": None,
+        "cpu.usable_cores": 2,
+        "cpu.available_memory_bytes": 2**34,
+        "cpu.memory_bytes": 2**34,
+    }
+    for name, answer in {**quiet, probe: value}.items():
+        monkeypatch.setattr(f"kvat_core.noise.{name}", lambda answer=answer: answer)
+    assert [one for one in noise.standing_findings() if re.search(finding, one)]
+    monkeypatch.setattr(f"kvat_core.noise.{probe}", lambda: quiet[probe])
+    assert not [one for one in noise.standing_findings() if re.search(finding, one)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="the system does not tell who waits for a core")
+def test_a_core_that_is_shared_is_noticed_by_trying() -> None:
+    """Both cores of this trial are one, so each of two busy loops has to wait half of its time."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert any("waited for a free core" in finding for finding in noise.tried_findings())
+    finally:
+        rival.kill()
+        rival.wait()
+        os.sched_setaffinity(0, allowed)
+
+
+def test_others_on_a_card_are_named_with_what_to_do(driver: pytest.MonkeyPatch) -> None:
+    driver.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: [SimpleNamespace(pid=7, usedGpuMemory=1)])
+    driver.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x40 | 0x4)
+    findings = [finding for finding in noise.standing_findings() if finding.startswith("Some Card")]
+    assert findings == [
+        "Some Card: 1 processes compute on it; stop them, or measure on another --device",
+        "Some Card: its clock is held down by hardware thermal slowdown; let it cool, and look at its power supply",
+    ]
+
+
+def test_a_card_tells_what_disturbs_a_call(driver: pytest.MonkeyPatch) -> None:
+    energy_mj = iter((1000, 4000))
+    answers = {
+        "nvmlDeviceGetHandleByUUID": object(),
+        "nvmlDeviceGetClockInfo": 1200,
+        "nvmlDeviceGetTemperature": 70,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": 0x20,
+        "nvmlDeviceGetComputeRunningProcesses": [
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=5 << 30),
+            SimpleNamespace(pid=1, usedGpuMemory=None),
+        ],
+    }
+    for name, answer in answers.items():
+        driver.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    driver.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: next(energy_mj))
+    watch = SystemWatch("GPU-some")
+    seen = watch(os.getpid())().gpu
+    assert seen == GpuConditions(
+        clock_mhz=1200,
+        temperature_c=70,
+        throttle_reasons=("thermal slowdown",),
+        foreign_processes=1,
+        energy_j=3.0,
+    )
+    assert watch.process_bytes(os.getpid()) == 5 << 30
+    assert watch.process_bytes(4711) is None
+
+
+def test_a_card_that_tells_nothing_is_no_error(driver: pytest.MonkeyPatch) -> None:
+    driver.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda _: object())
+    for name in ("ClockInfo", "Temperature", "CurrentClocksThrottleReasons", "ComputeRunningProcesses"):
+        driver.setattr(pynvml, f"nvmlDeviceGet{name}", refuse)
+    driver.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", refuse)
+    seen = SystemWatch("GPU-some")(os.getpid())().gpu
+    assert seen is not None
+    assert (seen.clock_mhz, seen.temperature_c, seen.throttle_reasons, seen.energy_j) == (None, None, (), None)
+
+
+def test_without_a_card_nothing_is_said_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    for uuid in (None, "GPU-some"):
+        assert SystemWatch(uuid)(os.getpid())().gpu is None

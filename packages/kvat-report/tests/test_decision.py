@@ -58,3 +58,8 @@ def test_undecided_says_what_would_decide(make_plan: Callable[..., Plan]) -> Non
         "Undecided: keep what you run today (dynamic, sdpa) for now; static, sdpa scores 1.41× [1.37, 1.45], "
         "which 3 launches cannot confirm: measure again with more launches in the profile."
     )
+
+
+def test_a_partial_plan_says_that_it_is_one(make_plan: Callable[..., Plan]) -> None:
+    whole, partial = decision(make_plan()), decision(make_plan(partial=True))
+    assert partial == f"By what was measured before the run was ended: {whole}"

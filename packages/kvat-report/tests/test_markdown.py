@@ -43,8 +43,8 @@ def test_golden_report_of_a_tie_without_optional_parts(make_plan: Callable[..., 
 def test_sections_follow_the_reader_s_questions(make_plan: Callable[..., Plan]) -> None:
     report = MarkdownReport().render(make_plan())
     assert re.findall("^## (.+)$", report, flags=re.MULTILINE) == [
-        "How sure", "What was measured, and on what", "Scenarios", "Ranking", "Failures", "Excluded and not eligible",
-        "Aliases", "Equivalents", "Notes", "How to apply", "Definitions", "Evidence",
+        "How sure", "What was measured, and on what", "Scenarios", "Ranking", "Failures", "What compiling costs",
+        "Excluded and not eligible", "Aliases", "Equivalents", "Notes", "How to apply", "Definitions", "Evidence",
     ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_hostile_strings_reach_every_section(make_plan: Callable[..., Plan]) -> 
     report = MarkdownReport().render(Plan.model_validate(_with_strings(make_plan(), "needle")))
     sections = re.split("^## ", report, flags=re.MULTILINE)
     without = [section.split("\n")[0] for section in sections if "needle" not in section]
-    assert without == ["How sure", "Scenarios", "How to apply", "Definitions"]
+    assert without == ["Scenarios", "How to apply", "Definitions"]
 
 
 def test_is_found_through_its_entry_point(make_plan: Callable[..., Plan]) -> None:
@@ -121,3 +121,24 @@ def _with_strings(plan: Plan, text: str) -> Any:
     data["machine"] = {key: replace(value, key) for key, value in data["machine"].items()}
     data["model"]["id"] = data["engine"]["name"] = text
     return replace(data)
+
+
+def test_energy_is_a_column_where_a_card_reports_it(make_plan: Callable[..., Plan]) -> None:
+    assert "energy per token" not in MarkdownReport().render(make_plan())
+    data = make_plan().model_dump(mode="json")
+    measured = next(candidate for candidate in data["candidates"] if candidate["scenarios"])
+    measured["scenarios"][0]["energy_per_token_j"] = 0.25
+    report = MarkdownReport().render(Plan.model_validate(data))
+    ranking = report.split("## Ranking")[1].split("## ")[0]
+    rows = [line for line in ranking.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert "| 0.250 J |" in ranking or "| 0.25 J |" in ranking
+
+
+def test_of_a_failed_worker_the_last_line_is_shown_and_harmless(make_plan: Callable[..., Plan]) -> None:
+    data = make_plan().model_dump(mode="json")
+    failed = next(candidate for candidate in data["candidates"] if candidate["failure"])
+    failed["failure"]["stderr_tail"] = f"first\nlast {HOSTILE}\n\n"
+    report = MarkdownReport().render(Plan.model_validate(data))
+    assert "<script>" not in report
+    assert "\n# head" not in report

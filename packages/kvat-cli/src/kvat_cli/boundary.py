@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _tell(traceback.format_exc().rstrip())
         return _explain(error)
     if code == INTERRUPTED:
-        print("kvat: interrupted at once; what had been measured is in the journal", file=sys.stderr)
+        _tell("kvat: interrupted at once; what had been measured is in the journal")
     return int(code)
 
 
@@ -69,5 +70,11 @@ def _explain(error: Exception) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"kvat: error: {one_line(message)}", file=sys.stderr)
+    _tell(f"kvat: error: {one_line(message)}")
     return code
+
+
+def _tell(text: str) -> None:
+    """Lines on standard error; whoever is no longer there to read them gets the exit code all the same."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)

@@ -23,23 +23,27 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def pairs(option: str, texts: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+_SETTING = "KNOB=VALUE, e.g. cache=static"
+_DEADLINE = "PHASE=SECONDS, above 0, e.g. load=600"
+
+
+def pairs(option: str, texts: Sequence[str] | None, form: str = _SETTING) -> tuple[tuple[str, str], ...]:
     """Knobs with one value each, in the order given.
 
     Raises:
-        UsageError: a text without a knob, an equals sign or a value.
+        UsageError: a text without a knob, an equals sign or a value; it shows the form.
     """
-    return tuple(_pair(option, text) for text in texts or ())
+    return tuple(_pair(option, text, form) for text in texts or ())
 
 
-def settings(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+def settings(option: str, texts: Sequence[str] | None, form: str = _SETTING) -> dict[str, str]:
     """Knobs with one value each.
 
     Raises:
         UsageError: as for `pairs`, or two different values for one knob.
     """
     chosen: dict[str, str] = {}
-    for knob, value in pairs(option, texts):
+    for knob, value in pairs(option, texts, form):
         if chosen.setdefault(knob, value) != value:
             raise UsageError(f"{option} gives {knob!r} two values, {chosen[knob]!r} and {value!r}; give one")
     return chosen
@@ -51,25 +55,27 @@ def deadlines(option: str, texts: Sequence[str] | None) -> Deadlines:
     Raises:
         UsageError: an unknown phase, or no number of seconds above 0.
     """
-    chosen = {f"{phase.replace('-', '_')}_s": seconds for phase, seconds in settings(option, texts).items()}
-    known = [name.removesuffix("_s").replace("_", "-") for name in Deadlines.model_fields]
-    for name, seconds in chosen.items():
-        if name not in Deadlines.model_fields:
-            raise UsageError(f"{option} has no phase {name[:-2].replace('_', '-')!r}; choose one of {', '.join(known)}")
-        if not _is_seconds(seconds):
-            raise UsageError(f"{option} takes PHASE=SECONDS above 0, e.g. load=600; got {seconds!r}")
+    fields = {name.removesuffix("_s").replace("_", "-"): name for name in Deadlines.model_fields}
+    chosen: dict[str, float] = {}
+    for phase, seconds in settings(option, texts, _DEADLINE).items():
+        if phase not in fields:
+            raise UsageError(f"{option} has no phase {phase!r}; choose one of {', '.join(fields)}")
+        chosen[fields[phase]] = _seconds(option, seconds)
     return Deadlines.model_validate(chosen)
 
 
-def _is_seconds(text: str) -> bool:
+def _seconds(option: str, text: str) -> float:
     try:
-        return 0 < float(text) < math.inf
+        seconds = float(text)
     except ValueError:
-        return False
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{option} takes {_DEADLINE}; got {text!r}")
+    return seconds
 
 
-def _pair(option: str, text: str) -> tuple[str, str]:
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
     knob, _, value = text.partition("=")
     if not knob or not value:
-        raise UsageError(f"{option} takes KNOB=VALUE, e.g. cache=static; got {text!r}")
+        raise UsageError(f"{option} takes {form}; got {text!r}")
     return knob, value

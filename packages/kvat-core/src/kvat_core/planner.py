@@ -37,10 +37,6 @@ RANDOM_WEIGHTS_NOTE = (
     "the weights are random: speed and memory are representative of the architecture, output and fidelity are not, "
     "nor is the load time"
 )
-COMPILES_NOTE = (
-    "the winner compiles code: its first call takes as long as compile_cost says, for one prompt length at a time; "
-    "another length compiles again"
-)
 PARTIAL_NOTE = "the run was ended before it had measured all it meant to; go on with --resume"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
@@ -110,11 +106,23 @@ def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes += _unstable_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
-    if any(entry.candidate.id == winner and entry.candidate.compiles for entry in run.candidates):
-        notes.append(COMPILES_NOTE)
+    notes += _compile_notes(run, winner)
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
+
+
+def _compile_notes(run: Run, winner: str) -> list[str]:
+    """What the figures of a winner that compiles leave out, one line per scenario."""
+    cells = [Cell(candidate=winner, scenario=key) for key in run.scenarios]
+    costs = [(cell.scenario, cost) for cell in cells if (cost := _compile_cost(run, cell)) is not None]
+    return [f"the winner compiles code for one prompt length at a time: {_cost(key, cost)}" for key, cost in costs]
+
+
+def _cost(scenario: str, cost: CompileCost) -> str:
+    filled = f" ({cost.cached_first_call_s:.1f} s with a filled cache)" if cost.cached_first_call_s is not None else ""
+    again = "never" if cost.break_even_requests is None else f"after {cost.break_even_requests} requests"
+    return f"the first call of {scenario} in a new process takes {cost.first_call_s:.1f} s{filled}, won back {again}"
 
 
 def _unstable_notes(run: Run) -> list[str]:
@@ -128,7 +136,7 @@ def _unstable_notes(run: Run) -> list[str]:
     advice = "stop other work, or use fewer --threads" if "free core" in cause else "see kvat doctor"
     return [
         f"{rejected} of {len(run.samples)} timed calls were rejected, {count} of them because {cause}: {advice}; "
-        f"the figures of {len(unstable)} candidates are unstable"
+        f"unstable are the figures of {', '.join(entry.candidate.label for entry in unstable)}"
     ]
 
 

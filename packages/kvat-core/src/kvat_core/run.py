@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 
 from pydantic import JsonValue
 
@@ -32,6 +33,8 @@ ATTEMPTS_PER_SAMPLE = 2
 """Timed calls that a launch makes at most, per sample wanted, before it goes on with those it has."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
+_DERIVED = ("live", "failures", "forgiven", "own_memory", "_timing_failures", "_alike")
+"""What is worked out once from all records but the samples, and anew after the next of those."""
 
 
 class Run:
@@ -49,12 +52,15 @@ class Run:
         self.measured: list[Measured] = []
         self.ended: list[LaunchEnd] = []
         self.health: list[Health] = []
+        self._excused: set[int] = set()
         self.stopped: Stopped | None = None
         self.end: End | None = None
         self.fastest_clock_mhz: int | None = None
         """Of the card that is measured on, in any sample so far."""
         self._by_cell: dict[Cell, dict[int, dict[int, list[Sample]]]] = {}
         self._applied: dict[Cell, dict[str, JsonValue]] = {}
+        self._launches: dict[Cell, dict[int, list[Sample]]] = {}
+        """What `_launches_of` has worked out since the last record."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> Run:
@@ -74,6 +80,7 @@ class Run:
 
     def add(self, event: Event) -> None:
         """Take in the next record."""
+        self._forget(event)
         match event:
             case CandidateEntry():
                 self.candidates.append(event)
@@ -101,6 +108,8 @@ class Run:
                 self.ended.append(event)
             case Health():
                 self.health.append(event)
+                if not event.ok:
+                    self._excused |= self._fruitless_launches()
             case Stopped():
                 self.stopped = event
             case Resumed():
@@ -109,6 +118,13 @@ class Run:
                 self.end = event
             case Header():
                 raise ValueError("a journal has one header")
+
+    def _forget(self, event: Event) -> None:
+        """Drop what was worked out from the records before, as far as another one may change it."""
+        self._launches.clear()
+        if not isinstance(event, Sample):
+            for name in _DERIVED:
+                vars(self).pop(name, None)
 
     @cached_property
     def scenarios(self) -> dict[str, Scenario]:
@@ -120,17 +136,17 @@ class Run:
         """Id of the candidate that every other one is compared with."""
         return next(entry.candidate.id for entry in self.candidates if entry.incumbent)
 
-    @property
-    def live(self) -> list[str]:
+    @cached_property
+    def live(self) -> tuple[str, ...]:
         """Ids of the candidates that are neither excluded nor failed, in the order of the space."""
-        return [
+        return tuple(
             entry.candidate.id
             for entry in self.candidates
             if entry.exclusion is None and entry.candidate.id not in self.failures
-        ]
+        )
 
-    @property
-    def failures(self) -> dict[str, Failed]:
+    @cached_property
+    def failures(self) -> Mapping[str, Failed]:
         """How each failed candidate ended; where only its peak memory could not be read, its figures stand."""
         ends: dict[str, Failed] = {}
         forgiven = self.forgiven
@@ -140,8 +156,8 @@ class Run:
                 ends.setdefault(name, failed)
         return ends
 
-    @property
-    def forgiven(self) -> dict[str, int]:
+    @cached_property
+    def forgiven(self) -> Mapping[str, int]:
         """Candidates that get a second chance, with the launch in which they failed.
 
         A crash may come from outside, and so may a failure to start or load what had been loaded before: of these
@@ -154,10 +170,17 @@ class Run:
                 first.setdefault(failed.cell.candidate, failed.launch)
         return first
 
-    @property
+    @cached_property
     def _timing_failures(self) -> list[Failed]:
         memory = {order.launch for order in self.launches if order.purpose == "memory"}
-        return [failed for failed in self.failed if failed.launch not in memory]
+        return [failed for failed in self.failed if failed.launch not in memory | self._excused]
+
+    def _fruitless_launches(self) -> set[int]:
+        """The last launches, as far back as none has a sample: of these a broken machine is to blame."""
+        fruitful = {sample.launch for sample in self.samples}
+        return {
+            order.launch for order in takewhile(lambda order: order.launch not in fruitful, reversed(self.launches))
+        }
 
     def _was_loaded(self, failed: Failed) -> bool:
         """Whether the candidate had been loaded in a launch before."""
@@ -167,8 +190,8 @@ class Run:
             for order in self.launches
         )
 
-    @property
-    def own_memory(self) -> dict[Cell, Resources]:
+    @cached_property
+    def own_memory(self) -> Mapping[Cell, Resources]:
         """Peaks of the cells that had a process of their own, without a profiler."""
         alone = {order.launch: order.cells[0] for order in self.launches if order.purpose == "memory"}
         return {alone[one.launch]: one.resources for one in self.measured if one.launch in alone}
@@ -214,6 +237,11 @@ class Run:
 
     def _launches_of(self, cell: Cell) -> dict[int, list[Sample]]:
         """All calls of the launch that counts, by round: the last complete one, or the last."""
+        if cell not in self._launches:
+            self._launches[cell] = self._find_launches(cell)
+        return self._launches[cell]
+
+    def _find_launches(self, cell: Cell) -> dict[int, list[Sample]]:
         rounds: dict[int, dict[int, list[Sample]]] = {}
         for same in self._same_as(cell):
             for number, launches in self._by_cell.get(same, {}).items():
@@ -226,6 +254,16 @@ class Run:
 
     def _same_as(self, cell: Cell) -> list[Cell]:
         """Cells that run the very same thing as this one, itself among them, in the order of the space."""
+        if cell not in self._alike:
+            self._alike[cell] = self._find_same(cell)
+        return self._alike[cell]
+
+    @cached_property
+    def _alike(self) -> dict[Cell, list[Cell]]:
+        """What `_same_as` has worked out."""
+        return {}
+
+    def _find_same(self, cell: Cell) -> list[Cell]:
         values = self._applied.get(cell)
         if values is None or cell.candidate in self.failures:
             return [cell]

@@ -20,13 +20,9 @@ def decision(plan: Plan, show: Show = one_line) -> str:
     Args:
         show: makes a foreign string (label, reason) safe for where the sentence goes.
     """
-    match plan.verdict:
-        case "better":
-            return _better(plan, show)
-        case "tie":
-            return _tie(plan, show)
-        case "undecided":
-            return _undecided(plan, show)
+    verdicts = {"better": _better, "tie": _tie, "undecided": _undecided}
+    so_far = "By what was measured before the run was ended: " if plan.partial else ""
+    return so_far + verdicts[plan.verdict](plan, show)
 
 
 def _better(plan: Plan, show: Show) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvat_core.schema import CandidateResult, Plan, ScenarioResult
 
 _STATES = ("ok", "undecided", "pruned", "not_reached", "failed", "excluded")
+_TAIL = 200
+"""Characters of a failed worker's last line that are shown."""
 _METRICS = {"ttft": "time to first token", "decode": "decoding", "memory": "memory", "stability": "steadiness"}
 
 
@@ -41,7 +43,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         finalize=_safe,
     )
-    own = (numbers.ratio, numbers.time, numbers.rate, numbers.size, numbers.percent, numbers.plain)
+    own = (numbers.ratio, numbers.time, numbers.rate, numbers.size, numbers.percent, numbers.plain, numbers.seconds)
     environment.filters.update({render.__name__: _trusted(render) for render in own})
     return environment
 
@@ -64,6 +66,12 @@ def _context(plan: Plan) -> dict[str, Any]:
         "ranking": sorted(plan.candidates, key=_rank),
         "roles": _roles(plan),
         "memory": _memory,
+        "kv_cache": _kv_cache,
+        "energy": _energy,
+        "has_energy": any(result.energy_per_token_j is not None for _, result in _measured(plan)),
+        "last_line": _last_line,
+        "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
+        "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
         "total_weight": sum(scenario.weight for scenario in plan.profile.scenarios),
         "shares": _shares(plan),
         "nothing": numbers.NOTHING,
@@ -85,6 +93,28 @@ def _memory(result: ScenarioResult) -> str:
     peaks = {"device": result.peak_device_bytes, "host": result.peak_host_bytes}
     known = [f"{numbers.size(peak)} {where}" for where, peak in peaks.items() if peak is not None]
     return ", ".join(known) or numbers.NOTHING
+
+
+def _measured(plan: Plan) -> list[tuple[CandidateResult, ScenarioResult]]:
+    return [(candidate, result) for candidate in plan.candidates for result in candidate.scenarios]
+
+
+def _kv_cache(result: ScenarioResult) -> str:
+    """Bytes of the live cache, and what its shape says where that is something else."""
+    held, predicted = result.kv_cache_bytes, result.kv_cache_predicted_bytes
+    differs = predicted is not None and held is not None and abs(held - predicted) > 0.01 * predicted
+    return numbers.size(held) + (f" (by its shape {numbers.size(predicted)})" if differs else "")
+
+
+def _energy(result: ScenarioResult) -> str:
+    if result.energy_per_token_j is None:
+        return numbers.NOTHING
+    return f"{numbers.plain(result.energy_per_token_j)} J"
+
+
+def _last_line(text: str) -> str:
+    lines = text.split("\n")
+    return next((line.strip()[-_TAIL:] for line in reversed(lines) if line.strip()), numbers.NOTHING)
 
 
 def _shares(plan: Plan) -> list[tuple[str, float]]:

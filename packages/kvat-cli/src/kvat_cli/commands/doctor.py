@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 def doctor() -> None:
     """Show this machine, and what makes its measurements noisy.
 
-    Each finding says what to do about it. The installed engines follow.
+    Keeps all cores busy for a second to see who else wants them. Each
+    finding says what to do about it. The installed engines follow.
     """
     from kvat_cli.columns import columns
     from kvat_cli.commands.engines import engines
-    from kvat_core.machine import read_machine, warnings
+    from kvat_core.machine import read_machine
+    from kvat_core.noise import standing_findings, tried_findings
 
     print(columns(_facts(read_machine("cpu", None))))
-    findings = warnings()
+    findings = [*standing_findings(), *tried_findings()]
     print("\nNoise:" if findings else "\nNoise: nothing found that disturbs measurements")
     for finding in findings:
         print(f"- {finding}")

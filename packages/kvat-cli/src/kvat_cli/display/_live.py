@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import astuple
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,22 +28,29 @@ class LiveTable:
     def __init__(self) -> None:
         # No refresh by a timer: it would run beside the timed calls and disturb them.
         self._live = Live(console=Console(), auto_refresh=False, transient=True)
+        self._lost = False
 
     def __enter__(self) -> LiveTable:
-        self._live.start()
+        self._try(self._live.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The terminal may be gone, which must not cost the result.
         with contextlib.suppress(OSError):
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
         """Show this moment of a run."""
-        with contextlib.suppress(OSError):
-            self._live.update(_picture(progress), refresh=True)
+        if not self._lost:
+            self._try(lambda: self._live.update(_picture(progress), refresh=True))
+
+    def _try(self, show: Callable[[], None]) -> None:
+        """Show something. A terminal that is gone costs no result, and is left alone: rich would pile up the rest."""
+        try:
+            show()
+        except OSError:
+            self._lost = True
 
 
 def _picture(progress: Progress) -> Group:

@@ -12,6 +12,8 @@ from kvat_core.schema import Conditions, GpuConditions
 
 MIN_WINDOW_S = 0.05
 """The kernel counts in steps of some milliseconds, so shorter calls are not judged."""
+MIN_TICKS = 50
+"""Of all CPUs together; of fewer, a single one of 10 ms would already be a share."""
 MAX_STEAL = 0.05
 MAX_WAITING = 0.05
 MAX_PRESSURE = 0.05
@@ -112,7 +114,7 @@ def _conditions(before: host.Counters, after: host.Counters, card: GpuConditions
     return Conditions(
         window_s=window_s,
         load_average=host.load_average(),
-        steal_share=_share(stolen, ticks),
+        steal_share=_share(stolen, ticks) if ticks is not None and ticks >= MIN_TICKS else None,
         waiting_share=_share(waiting_ns, runnable_ns),
         cpu_pressure=stalled.get("cpu"),
         memory_pressure=stalled.get("memory"),

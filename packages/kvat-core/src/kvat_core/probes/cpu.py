@@ -40,6 +40,16 @@ def available_memory_bytes() -> int:
     return min([int(psutil.virtual_memory().available), *room])
 
 
+def quota_cores() -> float | None:
+    """CPU time that this process's control group allows per time, in cores; None without a limit."""
+    unified = Path("/sys/fs/cgroup/cpu.max")
+    legacy = [Path("/sys/fs/cgroup/cpu") / name for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    words = unified.read_text().split() if unified.is_file() else [f.read_text().strip() for f in legacy if f.is_file()]
+    if len(words) != 2 or not words[0].isdigit():
+        return None
+    return int(words[0]) / int(words[1])
+
+
 def oom_kills() -> int | None:
     """How often the kernel has killed for lack of memory since it started; None where it does not tell."""
     vmstat = Path("/proc/vmstat")

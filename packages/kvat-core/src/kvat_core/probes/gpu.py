@@ -81,6 +81,16 @@ class Card:
         return {int(process.pid): process.usedGpuMemory for process in processes}
 
 
+def open_cards() -> list[tuple[str, Card]]:
+    """All cards with their names; none where there is no driver."""
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [(str(pynvml.nvmlDeviceGetName(handle)), Card(handle)) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+
+
 def open_card(uuid: str | None) -> Card | None:
     """The card of that UUID; None without one. NVML stays loaded for as long as this process lives."""
     if uuid is None:

@@ -1,0 +1,189 @@
+"""Failures in a row: the machine is asked before more candidates are blamed; a crash is forgiven once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvat_core import Plan, TuneRequest, TuneResult, tune
+from kvat_core.errors import Paused, UsageError
+from kvat_core.journal import read_journal
+from kvat_core.measure.supervisor import WorkerFailed
+from kvat_core.run import Run
+from kvat_core.schema import Conditions, Failure, FailureKind, Stopped
+
+Sabotage = Callable[["Saboteur", str, dict[str, Any]], None]
+
+
+def calm(pid: int | None) -> Callable[[], Conditions]:
+    return lambda: Conditions(window_s=1.0)
+
+
+class Saboteur:
+    """What a worker under sabotage knows of itself."""
+
+    number: int
+    kernel: str
+    cache: str
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, in_process_worker: Any) -> Callable[..., TuneResult]:
+    """A tune of the fake engine whose workers are sabotaged before each request."""
+
+    def run(sabotage: Sabotage, **request: Any) -> TuneResult:
+        workers: list[Any] = []
+
+        class Sabotaged(in_process_worker):
+            def __init__(self, environment: Mapping[str, str]) -> None:
+                super().__init__(environment)
+                workers.append(self)
+                self.number = len(workers)
+                self.kernel = self.cache = ""
+
+            def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
+                if operation == "prepare":
+                    self.kernel, self.cache = arguments["setup"]["kernel"], arguments["arguments"]["cache"]
+                sabotage(self, phase, arguments)
+                return super().call(operation, arguments, phase, limits)
+
+        made = TuneRequest(**{"out": tmp_path / "out", "model": "fake:tiny", "profile": "ci-micro", **request})
+        return tune(made, open_worker=Sabotaged, watch=calm)
+
+    return run
+
+
+def end(kind: FailureKind, phase: str) -> WorkerFailed:
+    return WorkerFailed(Failure(kind=kind, phase=phase, reason="sabotage"), alive=False)
+
+
+def states(plan: Plan) -> dict[str, str]:
+    return {candidate.label: candidate.state for candidate in plan.candidates if candidate.state != "excluded"}
+
+
+def journal(tmp_path: Path) -> Run:
+    return Run.from_events(read_journal(tmp_path / "out" / "journal.jsonl"))
+
+
+def test_a_crash_that_does_not_come_back_costs_nothing(tuned: Any, tmp_path: Path) -> None:
+    crashes: list[str] = []
+
+    def once(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "warm-up" and worker.kernel == "eager" and not crashes:
+            crashes.append(worker.cache)
+            raise end("crash", phase)
+
+    plan = tuned(once).plan
+    assert crashes
+    assert set(states(plan).values()) == {"ok"}
+    assert len(journal(tmp_path).failed) == 1
+
+
+def test_a_crash_that_comes_back_is_a_failure_and_costs_nobody_else(tuned: Any) -> None:
+    def always(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "sample" and (worker.kernel, worker.cache) == ("eager", "static"):
+            raise end("crash", phase)
+
+    plan = tuned(always).plan
+    assert [label for label, state in states(plan).items() if state == "failed"] == ["cache=static kernel=eager"]
+    assert all(candidate.score.n == 3 for candidate in plan.candidates if candidate.score)
+
+
+def test_who_crashed_has_the_next_process_for_itself(tuned: Any, tmp_path: Path) -> None:
+    def always(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "sample" and worker.kernel == "eager":
+            raise end("crash", phase)
+
+    tuned(always)
+    run = journal(tmp_path)
+    second = {failed.cell.candidate: failed.launch for failed in run.failed}
+    for order in run.launches:
+        if order.launch in second.values():
+            assert len({cell.candidate for cell in order.cells}) == 1
+
+
+def test_running_out_of_memory_is_a_result_and_not_tried_again(tuned: Any, tmp_path: Path) -> None:
+    def always(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "warm-up" and (worker.kernel, worker.cache) == ("eager", "static"):
+            raise end("oom_host", phase)
+
+    tuned(always)
+    assert len(journal(tmp_path).failed) == 1
+
+
+def test_a_load_that_fails_once_it_had_succeeded_is_tried_again(tuned: Any) -> None:
+    def in_the_second_round(worker: Saboteur, phase: str, _: Any) -> None:
+        # The first worker probes, the second one measures the first round.
+        if phase == "load" and worker.number == 3:
+            raise end("timeout", phase)
+
+    assert set(states(tuned(in_the_second_round).plan).values()) == {"ok"}
+
+
+def test_three_launches_that_fail_in_a_row_have_the_machine_checked(tuned: Any, tmp_path: Path) -> None:
+    def eager_and_static(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "warm-up" and (worker.kernel == "eager" or worker.cache == "static"):
+            raise end("timeout", phase)
+
+    plan = tuned(eager_and_static).plan
+    run = journal(tmp_path)
+    assert all(health.ok for health in run.health)
+    assert plan.winner.label == "default"
+
+
+def test_a_machine_that_fails_its_check_pauses_the_run(tuned: Any, tmp_path: Path) -> None:
+    def after_the_first_round(worker: Saboteur, phase: str, _: Any) -> None:
+        if worker.number <= 2:
+            return
+        if phase == "health":
+            raise UsageError("the device has fallen off the bus")
+        if phase == "warm-up":
+            raise end("device_error", phase)
+
+    result = tuned(after_the_first_round)
+    assert isinstance(result.stopped, Paused)
+    assert "the device has fallen off the bus" in str(result.stopped)
+    assert "--resume" in str(result.stopped)
+    assert result.plan.partial
+    assert [health.ok for health in journal(tmp_path).health] == [False]
+    assert isinstance(journal(tmp_path).stopped, Stopped)
+
+
+def test_a_paused_run_goes_on_when_the_machine_is_mended(tuned: Any, tmp_path: Path) -> None:
+    broken = True
+
+    def while_broken(worker: Saboteur, phase: str, _: Any) -> None:
+        if broken and worker.number > 2 and phase in ("health", "load"):
+            raise end("error", phase)
+
+    with_pause = tuned(while_broken, out=tmp_path / "paused")
+    assert with_pause.plan.partial
+    broken = False
+    resumed = tuned(while_broken, out=tmp_path / "paused", resume=True).plan
+    whole = tuned(while_broken, out=tmp_path / "whole").plan
+    assert not resumed.partial
+    assert resumed.winner == whole.winner
+    assert [candidate.score for candidate in resumed.candidates] == [candidate.score for candidate in whole.candidates]
+
+
+def test_a_worker_that_cannot_be_killed_pauses_the_run_at_once(tuned: Any) -> None:
+    def stuck(worker: Saboteur, phase: str, _: Any) -> None:
+        if worker.number == 3:
+            raise end("unkillable", phase)
+
+    result = tuned(stuck)
+    assert isinstance(result.stopped, Paused)
+    assert "cannot be killed and may hold cpu" in str(result.stopped)
+
+
+def test_a_pause_before_any_figure_says_that_nothing_can_be_decided(tuned: Any, tmp_path: Path) -> None:
+    def never(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase in ("warm-up", "health"):
+            raise end("device_error", phase)
+
+    with pytest.raises(Paused, match="nothing can be decided yet"):
+        tuned(never)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}
