@@ -23,4 +23,9 @@ def rows() -> dict[str, set[str]]:
 def test_every_knob_and_value_is_on_the_page_and_no_other() -> None:
     shape = ModelShape(architecture="llama", layers=1, attention=("full",), dtype="bfloat16")
     knobs = TransformersEngine().space(shape, Probe(device="cpu", versions={}), SpaceRequest(space="full"))
-    assert rows() == {knob.name: {value.name for value in knob.values} for knob in knobs}
+    listed = {knob.name: {value.name for value in knob.values} for knob in knobs if knob.name != "threads"}
+    assert rows() == listed
+
+
+def test_the_number_of_threads_is_on_the_page() -> None:
+    assert re.search(r"^\| `threads` \| a number \|", PAGE.read_text(), re.MULTILINE)
