@@ -13,7 +13,8 @@ import pytest
 from kvat_core import Plan, Profile, TuneRequest, tune
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
-from kvat_core.schema import CandidateEntry, Choice, ModelShape, Objective, PromptSource, Scenario
+from kvat_core.journal import read_journal
+from kvat_core.schema import CandidateEntry, Choice, FirstCall, ModelShape, Objective, PromptSource, Scenario
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersEngine, knobs
 
@@ -133,10 +134,21 @@ def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path
 
 def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> None:
     settings = {"cache": "static", "compile": "default", "attention": "sdpa", "grad_mode": "no_grad"}
-    profile = QUICK.model_copy(update={"scenarios": QUICK.scenarios[:1], "launches": 1})
+    profile = QUICK.model_copy(update={"scenarios": QUICK.scenarios[:1], "launches": 2})
     plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default", profile=profile)
     assert plan.winner.settings["compile"] == "default"
-    assert any("another length compiles again" in note for note in plan.notes)
+    assert any("compiles code for one prompt length at a time" in note for note in plan.notes)
+    (first, second) = [
+        event for event in read_journal(tmp_path / "out" / "journal.jsonl") if isinstance(event, FirstCall)
+    ]
+    assert (first.cold, second.cold) == (True, False)
+    assert first.compilations > 0
+    assert second.compilations > 0
+    cost = plan.candidates[0].scenarios[0].compile_cost
+    assert cost is not None
+    assert cost.cached_first_call_s is not None
+    # A cache that an earlier run had filled would make both alike.
+    assert cost.first_call_s > 1.5 * cost.cached_first_call_s
     assert "The first call compiles" in (tmp_path / "out" / "snippet.py").read_text()
     assert plan.candidates[0].state == "ok"
     assert len(lines(tmp_path / "out" / "snippet.py")) == 1
