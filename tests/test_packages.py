@@ -51,9 +51,9 @@ def test_it_accepts_a_range_of_its_siblings(package: Path) -> None:
 
 
 def test_nothing_in_it_runs_what_it_reads(package: Path) -> None:
-    forbidden = re.compile(
-        r"\b(?:import|from) (?:pickle|dill|marshal|shelve)\b|\btorch\.load\(|(?<![.\w])(?:eval|exec)\(|yaml\.load\(|shell=True"
-    )
+    modules = r"\b(?:import|from) (?:pickle|dill|marshal|shelve)\b"
+    calls = r"\btorch\.load\(|(?<![.\w])(?:eval|exec)\(|yaml\.load\(|shell=True"
+    forbidden = re.compile(f"{modules}|{calls}")
     for module in (package / "src").rglob("*.py"):
         found = [line for line in module.read_text().splitlines() if forbidden.search(line)]
         assert not found, f"{module.name}: {found[0]}"

@@ -57,7 +57,8 @@ def test_a_changed_byte_is_found_with_its_line(tmp_path: Path, run: Run, data: s
     path.unlink(missing_ok=True)
     write(path, run)
     good = path.read_bytes()
-    position = data.draw(st.integers(0, len(good) - 1))
+    # The last line end apart: without it the last record is a torn one.
+    position = data.draw(st.integers(0, len(good) - 2))
     replacement = data.draw(st.integers(0, 255).filter(lambda byte: byte != good[position]))
     path.write_bytes(good[:position] + bytes([replacement]) + good[position + 1 :])
     line = good[:position].count(b"\n") + 1

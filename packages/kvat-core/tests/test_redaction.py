@@ -1,13 +1,20 @@
-"""What a worker printed can be shown to others."""
+"""What a worker said can be shown to others."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import socket
 from pathlib import Path
 
 import pytest
 
-from kvat_core.measure.redaction import anonymous
+from kvat_core import TuneRequest, tune
+from kvat_core.engine import Probe
+from kvat_core.errors import Paused
+from kvat_core.fake import FakeEngine
+from kvat_core.measure.redaction import WITHHELD, anonymous, values_without_prompt, without_prompt
+from kvat_core.schema import PromptSource
 
 
 @pytest.mark.parametrize(
@@ -27,3 +34,101 @@ def test_host_and_home_are_taken_out() -> None:
     text = anonymous(f"{socket.gethostname()} says that {Path.home()} is full")
     assert socket.gethostname() not in text
     assert Path.home().name not in text
+
+
+OWN = PromptSource(kind="text", value="Dear Dr Ågren,\nplease keep this letter\tto yourself: nobody else's 'business'.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cannot decode Dear Dr Ågren,\nplease keep this",
+        "cannot decode 'please keep this letter to yourself'",
+        f"cannot decode {OWN.value!r}",
+        f"cannot decode {OWN.value!a}",
+        f"cannot decode {json.dumps({'prompt': OWN.value})}",
+        "…letter to yourself: n…",
+    ],
+)
+def test_a_text_that_repeats_the_users_prompt_is_withheld(text: str) -> None:
+    assert without_prompt(text, OWN) == WITHHELD
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "この手紙はどうか誰にも見せないでください",
+        "àéîõü âêîôû ãñõ äëïöü åæœø",
+        "one short\nline after\nanother, to be\nsure",
+    ],
+    ids=["code points", "bytes", "lines"],
+)
+def test_a_text_that_repeats_it_in_escapes_is_withheld(value: str) -> None:
+    own = PromptSource(kind="text", value=value)
+    assert without_prompt(f"cannot decode {value!a}", own) == WITHHELD
+    assert without_prompt(f"cannot decode {json.dumps(value)}", own) == WITHHELD
+
+
+@pytest.mark.parametrize("text", ["", "out of memory", "keep this letter to, and no more"])
+def test_what_has_less_in_common_is_kept(text: str) -> None:
+    assert without_prompt(text, OWN) == text
+
+
+def test_a_short_prompt_is_found_where_it_fills_a_long_one() -> None:
+    own = PromptSource(kind="file", value="hush hush\n")
+    assert without_prompt("cannot decode hush hush hush hush hush", own) == WITHHELD
+    assert without_prompt("cannot decode hush hush", own) == "cannot decode hush hush"
+
+
+def test_a_sample_text_of_ours_may_be_repeated() -> None:
+    assert (
+        without_prompt("Dear Dr Ågren, please keep this letter", OWN.model_copy(update={"kind": "preset"})) != WITHHELD
+    )
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_values_that_repeat_the_prompt_are_withheld_and_still_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bool
+) -> None:
+    config = tmp_path / "config"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(config))
+    if not key:
+        config.write_text("in the way")
+    one, other = "please keep this letter", "to yourself: nobody else"
+    values = values_without_prompt({"seen": [one, {"slots": 4, other: None}], "cache": "static", one: True}, OWN)
+    assert "letter" not in (told := json.dumps(values))
+    assert "yourself" not in told
+    assert isinstance(values, dict)
+    (first, second), *_ = values.values()
+    assert first.startswith(WITHHELD)
+    assert second["slots"] == 4
+    assert first not in second
+    assert values["cache"] == "static"
+    assert (first in values) == key
+
+
+def test_a_check_of_the_device_names_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
+) -> None:
+    asked = itertools.count()
+    probe = FakeEngine.probe
+
+    def broken_later(self: FakeEngine, device: str | None) -> Probe:
+        if next(asked):
+            raise OSError("/home/somebody/driver/libdevice.so: no such file")
+        return probe(self, device)
+
+    monkeypatch.setattr(FakeEngine, "probe", broken_later)
+    request = TuneRequest(out=tmp_path / "out", model="fake:all-fail", profile="ci-micro", space="full")
+    with pytest.raises(Paused):
+        tune(request, open_worker=in_process_worker)
+    journal = (tmp_path / "out" / "journal.jsonl").read_text()
+    assert "libdevice.so" in journal
+    assert "somebody" not in journal
+
+
+def test_the_users_names_are_taken_out_wherever_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "sparrow")
+    monkeypatch.setenv("USER", "wren")
+    monkeypatch.setattr(socket, "gethostname", lambda: "nest.example.org")
+    assert anonymous("sparrow, wren and wrench of nest at nest.example.org") == "…, … and wrench of … at …"

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from kvat_core.errors import UsageError
+from kvat_core.errors import Interrupted, UsageError
+from kvat_core.fake import FakeEngine
+from kvat_core.measure.child import MARK
 from kvat_core.measure.deadlines import Limits
+from kvat_core.measure.interrupt import Stop
+from kvat_core.measure.messages import PromptSpec
 from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
-from kvat_core.schema import PromptSource
+from kvat_core.schema import Failure, ModelRef, PromptSource, Scenario, Target, Timeline
 
 
 @pytest.fixture
@@ -147,3 +155,279 @@ def test_a_worker_dies_with_its_parent() -> None:
     while psutil.pid_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid)
+
+
+# A scripted adapter
+
+SCRIPTED = '''
+import os, re, signal, sys, time
+from kvat_core.engine import Probe
+from kvat_core.fake import FakeEngine
+
+class ScriptedAdapter(type(FakeEngine().adapter(None))):
+    """The name of the model is what a call does first."""
+
+    tokens = 0
+
+    def load_model(self, model_id, **more):
+        super().load_model(model_id="fake:tiny", **more)
+        self.script = model_id
+
+    def run_decode(self, prompt, max_new_tokens):
+        exec(self.script)
+        return super().run_decode(prompt, max_new_tokens)
+
+    def tokens_seen(self):
+        if self.tokens == "uncountable":
+            raise RuntimeError("uncountable")
+        return self.tokens
+
+class ScriptedEngine(FakeEngine):
+    name = "scripted"
+
+    def probe(self, device):
+        return Probe(device="cpu", versions={}, facts={"stdin": sys.stdin.read()})
+
+    def adapter(self, scratch):
+        return ScriptedAdapter()
+'''
+SCENARIO = Scenario(prompt_tokens=8, output_tokens=3)
+LONG_S = 500.0
+"""A time that no test waits for."""
+FOREVER = "time.sleep(600)"
+DEAF = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'deaf'); time.sleep(600)"
+
+Scripted = Callable[..., AbstractContextManager[WorkerProcess]]
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Scripted:
+    """A worker that is ready for a call, which a script begins; before its start it may run code of its own."""
+    info = tmp_path / "kvat_scripted-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvat-scripted\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvat.engines]\nscripted = kvat_scripted:ScriptedEngine\n")
+    (tmp_path / "kvat_scripted.py").write_text(SCRIPTED)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    recipe = FakeEngine().recipe(
+        {"cache": "dynamic", "kernel": "auto", "graph": "off"},
+        SCENARIO,
+        Target(model=ModelRef(id="fake:tiny"), device="cpu"),
+    )
+
+    @contextmanager
+    def run(script: str, *, first: str = "", **options: Any) -> Iterator[WorkerProcess]:
+        (tmp_path / "sitecustomize.py").write_text(first)
+        with WorkerProcess({"PYTHONPATH": path}, **{"grace_s": 0.5, **options}) as worker:
+            worker.call("start", {"engine": "scripted", "scratch": "/nowhere"}, "start", Limits(60))
+            worker.call("load", {**recipe.load, "model_id": script}, "load", Limits(60))
+            worker.call("prepare", recipe.model_dump(mode="json"), "prepare", Limits(60))
+            yield worker
+
+    return run
+
+
+def decode(worker: WorkerProcess, limits: Limits, text: str = "some words") -> Timeline:
+    """A timed call of a scripted worker."""
+    spec = PromptSpec(source=PromptSource(kind="text", value=text), tokens=SCENARIO.prompt_tokens, batch=1, nonce=0)
+    arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": SCENARIO.output_tokens}
+    return Timeline.model_validate(worker.call("decode", arguments, "sample", limits))
+
+
+def failure_of(worker: WorkerProcess, limits: Limits) -> Failure:
+    """How a call that ends its worker fails; long before the longest deadline."""
+    process = psutil.Process(worker.pid)
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed) as caught:
+        decode(worker, limits)
+    assert time.monotonic() - started < LONG_S / 2
+    assert not caught.value.alive
+    assert not process.is_running()
+    return caught.value.failure
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes that belong to the worker with this mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_nothing_that_is_printed_is_taken_for_a_message(scripted: Scripted) -> None:
+    chatter = "import os; print('x' * 100_000, flush=True); os.write(1, b'\\0\\0\\0\\2{}'); os.write(2, b'y' * 100_000)"
+    with scripted(chatter, first=chatter) as worker:
+        assert decode(worker, Limits(60)).requests[0].output_tokens == SCENARIO.output_tokens
+
+
+@contextmanager
+def typed(text: bytes) -> Iterator[None]:
+    """Standard input of this process that somebody has typed into."""
+    before = os.dup(0)
+    reading, writing = os.pipe()
+    os.write(writing, text)
+    os.dup2(reading, 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        for descriptor in (before, reading, writing):
+            os.close(descriptor)
+
+
+def test_a_workers_input_is_empty(scripted: Scripted) -> None:
+    with typed(b"for the parent"), scripted("") as worker:
+        probe = worker.call("probe", {"device": None}, "probe", Limits(60))
+    assert isinstance(probe, dict)
+    assert probe["facts"] == {"stdin": ""}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the out-of-memory killer is Linux's")
+def test_when_memory_is_short_a_worker_dies_before_its_parent(worker: WorkerProcess) -> None:
+    mine = Path("/proc/self/oom_score_adj").read_text()
+    assert Path(f"/proc/{worker.pid}/oom_score_adj").read_text() == "1000\n"
+    with WorkerProcess({}):
+        assert Path("/proc/self/oom_score_adj").read_text() == mine != "1000\n"
+
+
+# Deadlines and heartbeats
+
+
+def test_a_call_without_a_first_token_is_ended(scripted: Scripted) -> None:
+    with scripted(FOREVER) as worker:
+        failure = failure_of(worker, Limits(LONG_S, first_token_s=1, gap_s=LONG_S))
+    assert (failure.kind, failure.phase) == ("timeout", "first token")
+    assert failure.reason == "no first token in 1 s (sample)"
+
+
+def test_a_call_that_stops_delivering_tokens_is_ended(scripted: Scripted) -> None:
+    with scripted(f"self.tokens = 3; {FOREVER}") as worker:
+        failure = failure_of(worker, Limits(LONG_S, first_token_s=LONG_S, gap_s=1))
+    assert (failure.kind, failure.phase) == ("timeout", "token gap")
+    assert failure.reason == "no token for 1 s after 3 (sample)"
+
+
+def test_a_call_that_goes_on_delivering_tokens_is_not(scripted: Scripted) -> None:
+    slowly = "for self.tokens in range(1, 17): time.sleep(0.25)"
+    with scripted(slowly) as worker:
+        assert decode(worker, Limits(LONG_S, first_token_s=3, gap_s=3)).requests
+
+
+@pytest.mark.parametrize("tokens", ["None", "'a lot'", "'uncountable'"])
+def test_where_tokens_cannot_be_seen_only_the_whole_call_has_a_deadline(scripted: Scripted, tokens: str) -> None:
+    with scripted(f"self.tokens = {tokens}; time.sleep(4)") as worker:
+        assert decode(worker, Limits(LONG_S, first_token_s=3, gap_s=3)).requests
+
+
+def test_a_worker_without_a_heartbeat_is_said_to_be_silent(scripted: Scripted) -> None:
+    with scripted("re.match('(a+)+b', 'a' * 60)") as worker:
+        failure = failure_of(worker, Limits(LONG_S, first_token_s=6))
+    assert re.fullmatch(r"no first token in 6 s \(sample\); its last heartbeat came \d+ s before", failure.reason)
+
+
+def test_what_does_not_obey_is_killed(scripted: Scripted) -> None:
+    with scripted(DEAF) as worker:
+        failure = failure_of(worker, Limits(1))
+    assert (failure.kind, failure.phase, failure.stderr_tail) == ("timeout", "sample", "deaf")
+
+
+def test_what_cannot_be_killed_is_said_to_be_so(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted(FOREVER) as worker:
+        process = psutil.Process(worker.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "killpg", lambda *_: None)
+            with pytest.raises(WorkerFailed) as caught:
+                decode(worker, Limits(1))
+        assert process.is_running()
+    assert (caught.value.failure.kind, caught.value.alive) == ("unkillable", False)
+    assert caught.value.failure.reason == "no answer in 1 s; and it cannot be killed"
+    assert not process.is_running()
+
+
+def test_a_prompt_that_nobody_reads_ends_by_its_deadline(scripted: Scripted) -> None:
+    with scripted("") as worker:
+        process = psutil.Process(worker.pid)
+        process.suspend()
+        with pytest.raises(WorkerFailed, match="no answer in 1 s"):
+            decode(worker, Limits(1), text="x" * 2**20)
+    assert not process.is_running()
+
+
+def test_a_prompt_longer_than_a_pipe_arrives(scripted: Scripted) -> None:
+    with scripted("") as worker:
+        assert decode(worker, Limits(60), text="word " * 2**18).requests[0].prompt_tokens == SCENARIO.prompt_tokens
+
+
+# The end of a worker
+
+
+def test_a_descendant_that_holds_the_pipes_hides_no_death(scripted: Scripted) -> None:
+    with scripted("if os.fork() == 0: os.setsid(); time.sleep(600)\nos.write(2, b'last words'); os._exit(3)") as worker:
+        mark = psutil.Process(worker.pid).environ()[MARK]
+        assert [process.pid for process in marked(mark)] == [worker.pid]
+        failure = failure_of(worker, Limits(LONG_S))
+    assert (failure.kind, failure.reason) == ("no_output", "the worker ended with exit code 3 and no answer")
+    assert failure.stderr_tail == "last words"
+    assert not marked(mark)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (b"\xff\xff\xff\xff", "the worker sent a message of 4294967295 bytes"),
+        (b"\0\0\0\1[", "the worker sent an answer"),
+    ],
+)
+def test_a_library_that_writes_among_the_messages_costs_its_worker(
+    scripted: Scripted, written: bytes, reason: str
+) -> None:
+    with scripted(f"os.write(int(sys.orig_argv[-1].split()[-1][:-1]), {written!r}); {FOREVER}") as worker:
+        failure = failure_of(worker, Limits(LONG_S))
+    assert failure.kind == "no_output"
+    assert failure.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_wish_to_stop_ends_a_call_that_waits(scripted: Scripted, reading: bool) -> None:
+    stop, started = Stop(), time.monotonic()
+
+    def interrupted() -> None:
+        with scripted(FOREVER, stop=stop) as worker:
+            processes.append(psutil.Process(worker.pid))
+            if not reading:
+                processes[0].suspend()
+            threading.Timer(0.5, stop.ask).start()
+            decode(worker, Limits(LONG_S), text="words" if reading else "x" * 2**20)
+
+    processes: list[psutil.Process] = []
+    with pytest.raises(Interrupted):
+        interrupted()
+    assert time.monotonic() - started < LONG_S / 2
+    assert not processes[0].is_running()
+
+
+def test_an_interrupt_while_a_worker_is_given_time_to_end_kills_it(scripted: Scripted) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with scripted(DEAF, stop=stop, grace_s=LONG_S) as worker:
+            processes.append(psutil.Process(worker.pid))
+            threading.Timer(1, stop.ask).start()
+            impatience.start()
+            decode(worker, Limits(LONG_S))
+
+    stop, started = Stop(), time.monotonic()
+    processes: list[psutil.Process] = []
+    impatience = threading.Timer(2, os.kill, (os.getpid(), signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        impatience.cancel()
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - started < LONG_S / 2
+    assert not processes[0].is_running()

@@ -40,11 +40,12 @@ class _Field:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.utilities = {
-            candidate: scoring.utility(run, candidate)
+        measured = [
+            candidate
             for candidate in run.live
             if run.alias_of(candidate) is None and scoring.complete_rounds(run, candidate)
-        }
+        ]
+        self.utilities = scoring.utilities(run, measured)
         self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
         self.noise_floor = self._noise_floor()
         self.epsilon = max(MIN_DIFFERENCE, 2 * self.noise_floor)

@@ -8,6 +8,7 @@ is no record; it is kept aside when the journal is continued.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,11 +56,14 @@ class Journal:
             _write_all(self._descriptor, line)
             os.fsync(self._descriptor)
         except OSError as error:
-            os.ftruncate(self._descriptor, size)
-            raise CannotWrite(
-                f"{self.path} cannot be written ({error.strerror}); what was measured before is in it: mend that, "
-                "then go on with --resume"
-            ) from error
+            with contextlib.suppress(OSError):  # part of a line is a torn end, which is no record either
+                os.ftruncate(self._descriptor, size)
+            kept = (
+                "what was measured before is in it: mend that, then go on with --resume"
+                if self._seq
+                else "nothing was measured yet: mend that, then start anew with --force"
+            )
+            raise CannotWrite(f"{self.path} cannot be written ({error.strerror}); {kept}") from error
         self._seq += 1
 
     def __enter__(self) -> Self:
@@ -96,8 +100,8 @@ def continue_journal(path: Path) -> tuple[list[Event], Journal]:
     """
     events = list(read_journal(path))
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
-        _cut_torn_end(path, descriptor)
+        _cut_torn_end(path)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
         raise CannotWrite(f"{path} cannot be written ({error.strerror}); mend that, then try again") from error
     return events, Journal(path, descriptor, len(events))
@@ -128,14 +132,15 @@ def journal_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _cut_torn_end(path: Path, descriptor: int) -> None:
+def _cut_torn_end(path: Path) -> None:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         with path.with_name(path.name + TORN).open("ab") as aside:
             aside.write(data[whole:])
-        os.ftruncate(descriptor, whole)
-        os.fsync(descriptor)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 from pydantic import ValidationError
 
-from kvat_core.errors import UsageError
+from kvat_core.errors import CannotWrite, UsageError
 from kvat_core.schema import Record, digest
 
 
@@ -32,19 +33,14 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         UsageError: a living process holds it.
-        OSError: the file cannot be made.
+        CannotWrite: the file cannot be made.
     """
-    with path.open("a+b") as file:
-        # The kernel drops this with the process, and where a file system has none, the owner in the file decides.
-        with contextlib.suppress(OSError):
-            _flock(file.fileno(), path)
-        file.seek(0)
-        if (owner := _owner(file.read())) is not None and _is_alive(owner):
+    with _opened(path) as file:
+        _flock(file, path)
+        if (owner := _owner(file)) is not None and _is_alive(owner):
             raise _held(path, owner)
-        file.truncate(0)
-        file.write(_myself().model_dump_json().encode())
-        file.flush()
         try:
+            _sign(file, path)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -57,14 +53,42 @@ def refuse_if_held(path: Path) -> None:
             pass
 
 
-def _flock(descriptor: int, path: Path) -> None:
+def _opened(path: Path) -> BinaryIO:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.open("a+b", buffering=0)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _sign(file: BinaryIO, path: Path) -> None:
+    try:
+        file.truncate(0)
+        file.write(_myself().model_dump_json().encode())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"{path} cannot be written ({error.strerror}); mend that, then try again")
+
+
+def _flock(file: BinaryIO, path: Path) -> None:
+    """The kernel drops this with the process; where a file system has none, the owner in the file decides."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise _held(path, _owner(path.read_bytes())) from error
+        raise _held(path, _owner(file)) from error
+    except OSError:
+        return
     # Its owner may have removed it between our opening and our locking; then it locks nothing.
-    if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+    if not _is_at(path, file):
         raise _held(path, None)
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    return False
 
 
 def _held(path: Path, owner: Owner | None) -> UsageError:
@@ -72,9 +96,10 @@ def _held(path: Path, owner: Owner | None) -> UsageError:
     return UsageError(f"{who} is writing into {path.parent}; wait for its end, or name another --out")
 
 
-def _owner(text: bytes) -> Owner | None:
+def _owner(file: BinaryIO) -> Owner | None:
+    file.seek(0)
     try:
-        return Owner.model_validate_json(text)
+        return Owner.model_validate_json(file.read())
     except ValidationError:
         return None  # new, or torn by the death of its writer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvat_core import discovery, machine, outputs, private, profiles, prompts, resume, space
 from kvat_core.engine import Engine, Probe, SpaceRequest
-from kvat_core.errors import UsageError
+from kvat_core.errors import Interrupted, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.launch import OpenWorker
 from kvat_core.measure.supervisor import WorkerFailed
@@ -185,6 +185,8 @@ def _ask_child(
             f"engine {engine.name} cannot look at this machine and model ({failure.phase}: {failure.kind}, "
             f"{failure.reason}); mend its installation or name another --model"
         ) from failed
+    except Interrupted as stopped:
+        raise Interrupted("interrupted before measuring began; nothing was changed") from stopped
     return probe, shape
 
 

@@ -21,19 +21,20 @@ def keyed_digest(text: str) -> str | None:
 
 
 def _key() -> bytes | None:
-    path = _config_home() / "kvat" / "key"
     try:
+        path = _config_home() / "kvat" / "key"
         if not path.exists():
             _create(path)
         key = path.read_bytes()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter: a user without a home
         return None
     return key if len(key) == KEY_BYTES else None
 
 
 def _config_home() -> Path:
-    """As the XDG Base Directory Specification says."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    """As the XDG Base Directory Specification says, which has a relative path ignored."""
+    named = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".config"
 
 
 def _create(path: Path) -> None:

@@ -11,6 +11,7 @@ _VOLATILE = {"created", "probe_s", "notes", "request"}
 """Fields of a header that may differ between two starts of the same run."""
 _SHOWN = 4
 """Differences that are named; more are counted."""
+_UNKNOWN_TEXT = "whether the prompt text is the same cannot be told, because the key that tells could not be kept"
 
 
 def request_digest(header: Header, entries: Sequence[CandidateEntry], recipes: Mapping[Cell, Recipe]) -> str:
@@ -26,7 +27,7 @@ def request_digest(header: Header, entries: Sequence[CandidateEntry], recipes: M
 def difference(before: Header, now: Header) -> str | None:
     """What keeps a run from being the continuation of another one, in words; None = nothing does."""
     if before.request == now.request:
-        return None
+        return _UNKNOWN_TEXT if now.profile.prompt.kind != "preset" and now.prompt_digest is None else None
     old, new = (dict(_flat(header.model_dump(mode="json", exclude=_VOLATILE))) for header in (before, now))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if not names:
@@ -38,7 +39,7 @@ def difference(before: Header, now: Header) -> str | None:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of every leaf."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else key)
     else:

@@ -8,7 +8,7 @@ their score ratio; 1.00 is the incumbent. There are no absolute scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -49,14 +49,20 @@ def complete_rounds(run: Run, candidate_id: str) -> list[int]:
     return sorted(set.intersection(*per_scenario))
 
 
-def utility(run: Run, candidate_id: str) -> Utility:
-    """Utility of a candidate in every round that is complete for it."""
+def utilities(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
+    """Utility of each candidate in every round that is complete for it."""
+    # So that nobody gains by not telling, unsteadiness counts for nobody where the gaps of any sample are unknown.
+    told = all(metrics.jitter(sample) is not None for sample in run.samples)
+    return {candidate_id: _utility(run, candidate_id, gaps_told=told) for candidate_id in candidate_ids}
+
+
+def _utility(run: Run, candidate_id: str, *, gaps_told: bool) -> Utility:
     rounds = complete_rounds(run, candidate_id)
     shares = run.header.profile.objective.shares()
     total = sum(shares.values())
     ttft = _log_metric(run, candidate_id, metrics.ttft_s, rounds)
     decode = _log_metric(run, candidate_id, metrics.decode_tps, rounds)
-    unsteady = _log_jitter(run, candidate_id, rounds)
+    unsteady = _log_metric(run, candidate_id, _jitter, rounds) if gaps_told else dict.fromkeys(rounds, 0.0)
     memory = memory_log(run, candidate_id)
     score = {
         number: (
@@ -82,11 +88,9 @@ def _log_metric(run: Run, candidate_id: str, metric: Callable[[Sample], float], 
     }
 
 
-def _log_jitter(run: Run, candidate_id: str, rounds: list[int]) -> dict[int, float]:
-    """As `_log_metric`; 0 for all where the gaps of any sample are unknown, so that nobody gains by not telling."""
-    if any(metrics.jitter(sample) is None for sample in run.samples):
-        return dict.fromkeys(rounds, 0.0)
-    return _log_metric(run, candidate_id, lambda sample: metrics.jitter(sample) or 1.0, rounds)
+def _jitter(sample: Sample) -> float:
+    """Of a sample whose gaps are known."""
+    return metrics.jitter(sample) or 1.0
 
 
 def own_resources(run: Run, candidate_id: str) -> Resources | None:

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kvat_core import discovery, lock, outputs, resume
-from kvat_core.errors import AllFailed, Interrupted, KvatError, NothingFeasible, Paused, UsageError
+from kvat_core.errors import AllFailed, CannotWrite, Interrupted, KvatError, NothingFeasible, Paused, UsageError
 from kvat_core.journal import Journal, continue_journal, create_journal, journal_sha256, read_journal
 from kvat_core.measure.breaker import Breaker
 from kvat_core.measure.conditions import SystemWatch, Watch
@@ -108,7 +108,7 @@ def tune(
     with (
         lock.locked(prepared.out / outputs.LOCK),
         _open_journal(prepared, request) as (run, record_in_journal),
-        tempfile.TemporaryDirectory(prefix="kvat-") as scratch,
+        _scratch() as scratch,
     ):
 
         def record(event: Event) -> None:
@@ -120,7 +120,7 @@ def tune(
             run=run,
             recipes=prepared.recipes,
             source=prepared.source,
-            scratch=Path(scratch),
+            scratch=scratch,
             record=record,
             announce=display.announce,
             open_worker=open_worker,
@@ -185,8 +185,25 @@ def _open_journal(prepared: Preparation, request: TuneRequest) -> Iterator[tuple
         yield run, record
 
 
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory that lasts as long as this process's part of the run."""
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="kvat-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise CannotWrite(
+            f"no temporary directory can be made ({error.strerror}); mend that, or name one in TMPDIR, then go on with "
+            "--resume"
+        ) from error
+    with directory as path:
+        yield Path(path)
+
+
 def _resumed(path: Path, prepared: Preparation) -> tuple[Run, Journal]:
-    header = next(read_journal(path), None)
+    try:
+        header = next(read_journal(path), None)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); mend that, then try again") from error
     if not isinstance(header, Header):
         raise UsageError(f"{path} ends before anything was measured; start anew with --force instead of --resume")
     if differs := resume.difference(header, prepared.header):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import Run
 from kvat_core.schema import Event, Failed, Health
@@ -84,9 +85,9 @@ class Breaker:
                 worker.call("start", {"engine": header.engine, "scratch": None}, "health", limits)
                 worker.call("probe", {"device": header.target.device}, "health", limits)
         except WorkerFailed as failed:
-            return f"{failed.failure.kind}: {failed.failure.reason}"
+            return f"{failed.failure.kind}: {anonymous(failed.failure.reason)}"
         except UsageError as error:
-            return str(error)
+            return anonymous(str(error))
         return None
 
 

@@ -38,7 +38,7 @@ class Child:
         self._grace_s = grace_s
         self._mark = secrets.token_hex(8)
         self._oom_kills = cpu.oom_kills()
-        self._started = time.time()
+        self._released = False
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
         try:
@@ -101,9 +101,10 @@ class Child:
         self._signal_group(signal.SIGKILL)
         if not self.wait(self._grace_s):
             return None
-        if self._process.returncode is None:
+        if not self._released:
             self._process.wait()
             self._kill_strays()
+            self._released = True
             self.close_requests()
             os.close(self.replies)
             self._output.close()
@@ -132,8 +133,7 @@ class Child:
     def _strays(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                # A second is what the clock of process starts may be off by.
-                if process.create_time() >= self._started - 1 and process.environ().get(MARK) == self._mark:
+                if process.environ().get(MARK) == self._mark:
                     yield process
 
 

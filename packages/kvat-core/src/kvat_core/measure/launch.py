@@ -16,7 +16,7 @@ from kvat_core.errors import UsageError
 from kvat_core.measure.conditions import Watch, causes
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import PromptSpec
-from kvat_core.measure.redaction import anonymous
+from kvat_core.measure.redaction import anonymous, values_without_prompt, without_prompt
 from kvat_core.measure.supervisor import Client, WorkerFailed
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -164,6 +164,8 @@ class _Launch:
         if applied.mismatches:
             reason = "; ".join(applied.mismatches)
             raise WorkerFailed(Failure(kind="not_applied", phase="prove", reason=reason), alive=True)
+        values = values_without_prompt(applied.values, self._bench.source)
+        applied = Applied.model_validate({"values": values})
         self._bench.record(Proof(launch=self._order.launch, cell=cell, applied=applied))
 
     def _compile(self, cell: Cell) -> None:
@@ -231,6 +233,8 @@ class _Launch:
             if failed.alive:
                 return
             raise _LaunchOver from failed
+        processes = tuple(without_prompt(name, self._bench.source) for name in resources.processes)
+        resources = resources.model_copy(update={"processes": processes})
         process_bytes = self._bench.process_device_bytes(self._client.pid)
         if process_bytes is not None:
             largest = max(process_bytes, resources.peak_device_bytes or 0)
@@ -283,12 +287,16 @@ class _Launch:
         self._bench.record(Failed(launch=self._order.launch, cell=cell, failure=self._scrubbed(failure)))
 
     def _scrubbed(self, failure: Failure) -> Failure:
-        """Whatever an engine prints may echo a prompt; only beside our own sample texts may it be kept."""
+        """Whatever an engine prints may echo a prompt; only beside our own sample texts may it be kept.
+
+        A reason is the adapter's own words, and is kept unless it is the prompt's after all.
+        """
+        reason = anonymous(without_prompt(failure.reason, self._bench.source))
         if self._bench.source.kind == "preset":
             tail = anonymous(failure.stderr_tail)
         else:
             tail = failure.stderr_tail and "(withheld: the prompts are the user's own)"
-        return failure.model_copy(update={"stderr_tail": tail})
+        return failure.model_copy(update={"reason": reason, "stderr_tail": tail})
 
     def _scenario(self, cell: Cell) -> Scenario:
         return self._bench.run.scenarios[cell.scenario]

@@ -1,22 +1,85 @@
-"""What foreign libraries print, without the names that are nobody else's business."""
+"""What foreign libraries say, without what is nobody else's business."""
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import PurePath
 
+from pydantic import JsonValue
+
+from kvat_core import private
+from kvat_core.schema import PromptSource
+
+WITHHELD = "(withheld: it repeats the prompt)"
+RUN = 20
+"""Characters in a row that a text has in common with a prompt only if it repeats it."""
+
+_CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
+_WHITE = re.compile(r"\\[nrt]")
 _QUOTED = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\][^'\"\n]*[/\\]")
 _DIRECTORIES = re.compile(r"(?:[A-Za-z]:)?[/\\\\](?:[^\s'\"/\\\\:]+[/\\\\])+")
 
 
 def anonymous(text: str) -> str:
-    """The text with every directory, the host name and the user's home folder name taken out.
+    """The text with every directory, the host's name and the user's taken out.
 
     Of a path only its last part stays, as in the plan. A user without a home folder has nothing to hide there.
     """
     text = _DIRECTORIES.sub("…/", _QUOTED.sub("…/", text))
-    for name in filter(None, (socket.gethostname(), PurePath(os.path.expanduser("~")).name)):  # noqa: PTH111
+    for name in filter(None, _names()):
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
     return text
+
+
+def without_prompt(text: str, source: PromptSource) -> str:
+    """The text, or in its place `WITHHELD` if it repeats `RUN` characters of the user's own prompt.
+
+    Args:
+        text: from an adapter that has seen the prompt.
+        source: with the prompt's text; a sample text of ours may be repeated.
+    """
+    return WITHHELD if source.kind != "preset" and _repeats(text, source.value or "") else text
+
+
+def values_without_prompt(value: JsonValue, source: PromptSource) -> JsonValue:
+    """The same for every text in a JSON value; texts that differed still do, since equal ones make aliases."""
+    match value:
+        case str() if without_prompt(value, source) != value:
+            return f"{WITHHELD} {private.keyed_digest(value) or secrets.token_hex(32)}"
+        case list():
+            return [values_without_prompt(inner, source) for inner in value]
+        case dict():
+            keys = (str(values_without_prompt(key, source)) for key in value)
+            return dict(zip(keys, (values_without_prompt(inner, source) for inner in value.values()), strict=True))
+    return value
+
+
+def _names() -> Iterator[str]:
+    """Of host and user, the longer form of a name before the shorter."""
+    host = socket.gethostname()
+    yield from (host, host.partition(".")[0])
+    yield PurePath(os.path.expanduser("~")).name  # noqa: PTH111
+    yield from (os.environ.get(variable, "") for variable in ("LOGNAME", "USER"))
+
+
+def _repeats(text: str, prompt: str) -> bool:
+    """Whether the two have a run in common, however spaced or escaped; a short prompt is repeated to a run."""
+    text, prompt = _plain(text), _plain(prompt)
+    prompt = " ".join([prompt] * (1 + RUN // max(1, len(prompt))))
+    shorter, longer = sorted((text, prompt), key=len)
+    runs = set(_runs(shorter))
+    return bool(runs) and any(run in runs for run in _runs(longer))
+
+
+def _plain(text: str) -> str:
+    """The text without the escapes of a quoted one, and with single spaces."""
+    text = _CODE_POINT.sub(lambda match: chr(int(match[1] or match[2], 16)), text)
+    return " ".join(_WHITE.sub(" ", text).replace("\\", "").split())
+
+
+def _runs(text: str) -> Iterator[str]:
+    return (text[start : start + RUN] for start in range(len(text) - RUN + 1))

@@ -97,6 +97,8 @@ class WorkerProcess:
 
     def call(self, operation: Operation, arguments: dict[str, JsonValue], phase: str, limits: Limits) -> JsonValue:
         """See `Client.call`."""
+        # Here, too, because quick calls never wait for long.
+        self._stop.check()
         clock = _Clock(limits, phase)
         try:
             self._send(messages.encode(Request(operation=operation, arguments=arguments)), clock)
@@ -180,10 +182,14 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._child.close_requests()
-        if kind is None:
-            self._child.wait(self._grace_s)
-        self._child.end(at_once=kind is KeyboardInterrupt)
+        try:
+            self._child.close_requests()
+            if kind is None:
+                self._child.wait(self._grace_s)
+            self._child.end(at_once=kind is KeyboardInterrupt)
+        except KeyboardInterrupt:
+            self._child.end(at_once=True)
+            raise
 
 
 class _Overdue(Exception):

@@ -75,9 +75,12 @@ class Worker:
                 self.adapter.cleanup()
         return None
 
-    def tokens_seen(self) -> int | None:
-        """Tokens of the running call so far, for the heartbeat."""
-        return None if self._adapter is None else self._adapter.tokens_seen()
+    def beat(self) -> Beat:
+        """The heartbeat of the running call; an adapter that fails to count its tokens is one that cannot."""
+        try:
+            return Beat(tokens=None if self._adapter is None else self._adapter.tokens_seen())
+        except Exception:
+            return Beat(tokens=None)
 
     @property
     def engine(self) -> Engine:
@@ -127,7 +130,7 @@ class _Line:
             with self._lock:
                 # Asked under the lock: after its reply a request has no more beats.
                 if self._busy.is_set():
-                    self._send(messages.encode(Beat(tokens=self._worker.tokens_seen())))
+                    self._send(messages.encode(self._worker.beat()))
 
     def answer(self, request: Request) -> None:
         """Carry out a request and send its reply."""

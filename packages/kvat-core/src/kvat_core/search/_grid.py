@@ -77,5 +77,8 @@ class Grid:
         wanted = run.live if scoring.memory_binds(run) else [name for name in run.live if name in finalists]
         largest = max(run.scenarios.values(), key=lambda scenario: scenario.total_tokens * scenario.batch_size).key
         cells = {run.original(Cell(candidate=name, scenario=largest)): None for name in wanted}
-        tried = {cell for order in run.launches if order.purpose == "memory" for cell in order.cells}
+        # A launch without an end was interrupted, and is tried again.
+        ended = {end.launch for end in run.ended}
+        memory = (order for order in run.launches if order.purpose == "memory" and order.launch in ended)
+        tried = {cell for order in memory for cell in order.cells}
         return [cell for cell in cells if cell not in tried]

@@ -1,0 +1,498 @@
+"""A run that was stopped, killed or finished is continued, or refused with what differs; one process writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, lock, read_plan, tune
+from kvat_core.engine import Probe
+from kvat_core.errors import Interrupted, JournalDamaged, UsageError
+from kvat_core.fake import FakeEngine
+from kvat_core.journal import read_journal
+from kvat_core.lock import Owner
+from kvat_core.measure.interrupt import Stop
+from kvat_core.schema import (
+    Conditions,
+    End,
+    Event,
+    Header,
+    LaunchOrder,
+    Objective,
+    PromptSource,
+    Resumed,
+    Scenario,
+    Stopped,
+)
+
+SMALL = Profile(
+    name="small",
+    scenarios=(Scenario(prompt_tokens=8, output_tokens=3),),
+    objective=Objective(ttft=0.5, decode=0.5),
+    launches=2,
+    samples=2,
+)
+FAILING = {"model": "fake:oom", "excluded": (("kernel", "flash"), ("cache", "paged"))}
+"""One of its four candidates fails, so that all kinds of records are there."""
+
+JOURNAL, PLAN, LOCK = "journal.jsonl", "best_plan.json", "journal.lock"
+
+
+def calm(pid: int | None) -> Callable[[], Conditions]:
+    """A machine that disturbs nothing."""
+    return lambda: Conditions(window_s=0.0)
+
+
+class Stops(Stop):
+    """Asked at a moment of the run: its n-th progress. None = never."""
+
+    def __init__(self, moment: int | None) -> None:
+        super().__init__()
+        self.moment = moment
+        self.seen = 0
+
+    def on_progress(self, progress: Progress) -> None:
+        self.seen += 1
+        if self.seen == self.moment:
+            self.ask()
+
+
+@dataclasses.dataclass
+class Command:
+    """The same request, in one directory."""
+
+    request: TuneRequest
+    worker: Any
+
+    @property
+    def out(self) -> Path:
+        return Path(self.request.out or "")
+
+    @property
+    def journal(self) -> Path:
+        return self.out / JOURNAL
+
+    def run(self, moment: int | None = None, **changes: Any) -> TuneResult:
+        """Tune, stopped at a moment."""
+        return self.watched(moment, **changes)[0]
+
+    def watched(self, moment: int | None = None, **changes: Any) -> tuple[TuneResult, int]:
+        """The same, and how many moments there were."""
+        stops = Stops(moment)
+
+        class Stoppable(self.worker):  # type: ignore[name-defined,misc]
+            """Looks at the wish to stop where a worker process does."""
+
+            def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
+                stops.check()
+                return super().call(operation, arguments, phase, limits)
+
+        request = dataclasses.replace(self.request, **changes)
+        result = tune(request, stops.on_progress, stop=stops, open_worker=Stoppable, watch=calm)
+        return result, stops.seen
+
+    def resume(self, moment: int | None = None, **changes: Any) -> TuneResult:
+        return self.run(moment, resume=True, **changes)
+
+    def stop(self, moment: int, **changes: Any) -> None:
+        """Tune until a moment, with or without a plan."""
+        with suppress(Interrupted):
+            self.run(moment, **changes)
+
+    def events(self) -> list[Event]:
+        return list(read_journal(self.journal))
+
+
+MakeCommand = Callable[..., Command]
+
+
+@pytest.fixture
+def command(tmp_path: Path, in_process_worker: Any) -> MakeCommand:
+    """A command whose directory has a name of its own."""
+
+    def make(name: str = "out", **request: Any) -> Command:
+        fields = {"model": "fake:tiny", "profile": SMALL, **request}
+        return Command(TuneRequest(out=tmp_path / name, **fields), in_process_worker)
+
+    return make
+
+
+def decided(plan: Plan) -> dict[str, Any]:
+    return plan.model_dump(exclude={"journal", "created"})
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+# The same plan ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_", [FAILING, {"model": "fake-server:tiny"}], ids=["fake", "fake-server"])
+def test_stopped_at_any_moment_and_resumed_a_run_gives_the_plan_of_an_uninterrupted_one(
+    command: MakeCommand, request_: dict[str, Any]
+) -> None:
+    whole, moments = command("whole", **request_).watched()
+    assert whole.stopped is None
+    for moment in range(2, moments, 3):
+        stopped = command(f"stopped-{moment}", **request_)
+        stopped.stop(moment)
+        resumed = stopped.resume()
+        assert decided(resumed.plan) == decided(whole.plan), f"stopped at moment {moment}"
+        assert read_plan(stopped.out / PLAN) == resumed.plan
+
+
+def test_stopped_again_and_again_a_run_still_comes_to_the_same_plan(command: MakeCommand) -> None:
+    whole = command("whole", **FAILING).run()
+    stopped = command("stopped", **FAILING)
+    stopped.stop(25)
+    while not isinstance(stopped.events()[-1], End):
+        stopped.stop(25, resume=True)
+    assert sum(isinstance(event, Resumed) for event in stopped.events()) > 3
+    assert decided(read_plan(stopped.out / PLAN)) == decided(whole.plan)
+
+
+def test_killed_after_any_record_a_run_is_resumed_to_the_same_plan(command: MakeCommand) -> None:
+    whole = command("whole", **FAILING)
+    expected = decided(whole.run().plan)
+    lines = whole.journal.read_bytes().splitlines(keepends=True)
+    for number in range(1, len(lines) + 1):
+        killed = command(f"killed-{number}", **FAILING)
+        killed.out.mkdir()
+        killed.journal.write_bytes(b"".join(lines[:number]))
+        assert decided(killed.resume().plan) == expected, f"killed after line {number}"
+        assert killed.journal.read_bytes().startswith(b"".join(lines[:number]))
+
+
+def test_what_was_measured_is_not_measured_again(command: MakeCommand) -> None:
+    whole = command("whole")
+    whole.run()
+    orders = [event for event in whole.events() if isinstance(event, LaunchOrder)]
+    stopped = command("stopped")
+    stopped.stop(40)
+    before = stopped.journal.read_bytes()
+    stopped.resume()
+    assert stopped.journal.read_bytes().startswith(before)
+    assert len([event for event in stopped.events() if isinstance(event, LaunchOrder)]) <= len(orders) + 1
+
+
+def test_a_torn_end_is_kept_aside(command: MakeCommand) -> None:
+    whole = command("whole")
+    expected = decided(whole.run().plan)
+    data = whole.journal.read_bytes()
+    cut = len(data) * 2 // 3
+    kept, torn = data[: data.rfind(b"\n", 0, cut) + 1], data[data.rfind(b"\n", 0, cut) + 1 : cut]
+    assert torn
+    killed = command("killed")
+    killed.out.mkdir()
+    killed.journal.write_bytes(kept + torn)
+    assert decided(killed.resume().plan) == expected
+    assert killed.journal.read_bytes().startswith(kept)
+    assert (killed.out / "journal.jsonl.torn").read_bytes() == torn
+    assert not list(killed.out.glob("*.lock"))
+
+
+# What cannot be continued -------------------------------------------------------------------------
+
+
+def test_a_damaged_middle_is_refused_with_its_line_and_changes_nothing(command: MakeCommand) -> None:
+    done = command()
+    done.run()
+    lines = done.journal.read_bytes().splitlines(keepends=True)
+    lines[11] = lines[11].replace(b"launch", b"lunch!", 1)
+    done.journal.write_bytes(b"".join(lines))
+    before = files(done.out)
+    with pytest.raises(JournalDamaged, match=r"journal\.jsonl: line 12 is damaged .* nothing was changed"):
+        done.resume()
+    assert files(done.out) == before
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100])
+def test_a_journal_that_ends_in_its_header_is_refused_and_unchanged(command: MakeCommand, cut: int) -> None:
+    done = command()
+    done.run()
+    done.journal.write_bytes(done.journal.read_bytes()[:cut])
+    before = files(done.out)
+    with pytest.raises(UsageError, match="ends before anything was measured; start anew with --force"):
+        done.resume()
+    assert files(done.out) == before
+
+
+def test_without_a_journal_there_is_nothing_to_resume(command: MakeCommand) -> None:
+    none = command()
+    with pytest.raises(UsageError, match=r"has no journal\.jsonl to go on with; leave --resume out"):
+        none.resume()
+    assert not none.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1;"),
+        ({"model": "fake:flat"}, "target.model.id was 'fake:tiny' and is 'fake:flat';"),
+        ({"profile": "ci-micro"}, "profile.name was 'small' and is 'ci-micro';"),
+        ({"contexts": (16,)}, "profile.scenarios was .*'prompt_tokens': 8.* and is .*'prompt_tokens': 16"),
+        ({"space": "full"}, "space was 'safe' and is 'full';"),
+        ({"pinned": {"kernel": "eager"}}, "pinned.kernel was None and is 'eager'"),
+        ({"excluded": (("cache", "static"),)}, r"excluded was \[\] and is \[\['cache', 'static'\]\];"),
+        ({"threads": 1}, "target.threads was None and is 1; machine.fingerprint was .*machine.threads was None"),
+        ({"incumbent": {"cache": "static"}}, "the candidates, or what is done for them, differ;"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_request_is_refused_naming_what_differs(
+    command: MakeCommand, changes: dict[str, Any], difference: str
+) -> None:
+    stopped = command()
+    stopped.run(40)
+    before = files(stopped.out)
+    with pytest.raises(UsageError, match=f"cannot be resumed: {difference}") as caught:
+        stopped.resume(**changes)
+    assert str(caught.value).endswith("repeat the same command, or start anew with --force")
+    assert files(stopped.out) == before
+
+
+def test_another_engine_version_is_refused(command: MakeCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = command()
+    stopped.run(40)
+
+    def upgraded(self: FakeEngine, device: str | None) -> Probe:
+        return Probe(device="cpu", versions={"kvat-core": "9"})
+
+    monkeypatch.setattr(FakeEngine, "probe", upgraded)
+    with pytest.raises(UsageError, match=r"versions\.kvat-core was '[^']+' and is '9'"):
+        stopped.resume()
+
+
+def test_another_machine_is_refused(command: MakeCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = command()
+    stopped.run(40)
+    monkeypatch.setattr("kvat_core.machine.cpu.cpu_name", lambda: "another one")
+    with pytest.raises(UsageError, match=r"machine\.cpu was '[^']*' and is 'another one'"):
+        stopped.resume()
+
+
+@pytest.fixture
+def own_prompt(command: MakeCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Command]:
+    """The command with a prompt text of the user's own; their key stays in a directory of the test."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+    def make(text: str) -> Command:
+        prompt = PromptSource(kind="text", value=text)
+        return command(profile=SMALL.model_copy(update={"prompt": prompt}))
+
+    return make
+
+
+def test_another_text_of_ones_own_is_refused_without_telling_it(own_prompt: Callable[[str], Command]) -> None:
+    own_prompt("the first text").run(40)
+    with pytest.raises(UsageError, match="cannot be resumed: prompt_digest was") as caught:
+        own_prompt("the second text").resume()
+    assert "second" not in str(caught.value)
+    assert own_prompt("the first text").resume().stopped is None
+
+
+def test_where_no_text_can_be_told_from_another_a_run_is_not_resumed(
+    own_prompt: Callable[[str], Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    own_prompt("the first text").run(40)
+    with pytest.raises(UsageError, match="whether the prompt text is the same cannot be told"):
+        own_prompt("the second text").resume()
+
+
+# What a stopped and a finished run have -----------------------------------------------------------
+
+
+def test_a_stopped_run_has_a_partial_plan(command: MakeCommand) -> None:
+    stopped = command()
+    result = stopped.run(40)
+    assert isinstance(result.stopped, Interrupted)
+    assert str(result.stopped) == "interrupted; go on with --resume"
+    assert result.plan.partial
+    assert read_plan(stopped.out / PLAN) == result.plan
+    assert any("go on with --resume" in note for note in result.plan.notes)
+    assert stopped.events()[-1] == Stopped(kind="interrupted", reason="by the user")
+    assert not stopped.resume().plan.partial
+    assert isinstance(stopped.events()[-1], End)
+
+
+def test_a_run_stopped_before_anything_is_decidable_says_so(command: MakeCommand) -> None:
+    stopped = command()
+    with pytest.raises(Interrupted, match=r"^interrupted; go on with --resume; nothing can be decided yet$"):
+        stopped.run(20)
+    assert {path.name for path in stopped.out.iterdir()} == {JOURNAL}
+    assert isinstance(stopped.events()[-1], Stopped)
+
+
+def test_a_run_stopped_before_it_has_begun_leaves_nothing(command: MakeCommand) -> None:
+    stopped = command()
+    with pytest.raises(Interrupted, match=r"^interrupted before measuring began; nothing was changed$"):
+        stopped.run(1)
+    assert not stopped.out.exists()
+
+
+def test_a_finished_run_gets_its_lost_plan_back_without_measuring(command: MakeCommand) -> None:
+    done = command()
+    plan = done.run().plan
+    before = files(done.out)
+    (done.out / PLAN).unlink()
+    asked: list[str] = []
+
+    class Watched(done.worker):  # type: ignore[name-defined,misc]
+        def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
+            asked.append(operation)
+            return super().call(operation, arguments, phase, limits)
+
+    again = dataclasses.replace(done, worker=Watched).resume()
+    assert again.plan == plan
+    assert files(done.out) == before
+    assert asked == ["start", "probe", "describe"]
+
+
+def test_the_header_and_the_start_of_a_run_stay_what_they_were(command: MakeCommand) -> None:
+    stopped = command()
+    stopped.run(40)
+    first = stopped.events()[0]
+    assert isinstance(first, Header)
+    plan = stopped.resume().plan
+    assert stopped.events()[0] == first
+    assert plan.created == first.created
+
+
+# One writer ---------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from kvat_core import lock
+with lock.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+@contextmanager
+def held_by_another_process(path: Path) -> Iterator[int]:
+    """A process that holds the lock file."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+        process.communicate("\n")
+
+
+def without_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has none: then the owner that the file names decides."""
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+@pytest.mark.parametrize("file_locks", [True, False])
+def test_a_second_writer_is_refused(command: MakeCommand, monkeypatch: pytest.MonkeyPatch, file_locks: bool) -> None:
+    stopped = command()
+    stopped.run(40)
+    with held_by_another_process(stopped.out / LOCK) as pid:
+        if not file_locks:
+            without_file_locks(monkeypatch)
+        before = files(stopped.out)
+        with pytest.raises(UsageError, match=f"process {pid} is writing into .*; wait for its end"):
+            stopped.resume()
+        assert files(stopped.out) == before
+    assert stopped.resume().stopped is None
+    assert not (stopped.out / LOCK).exists()
+
+
+def test_a_second_writer_in_the_same_process_is_refused(command: MakeCommand) -> None:
+    stopped = command()
+    stopped.run(40)
+    with lock.locked(stopped.out / LOCK), pytest.raises(UsageError, match=f"process {os.getpid()} is writing"):
+        stopped.resume()
+    assert stopped.resume().stopped is None
+
+
+@pytest.mark.parametrize("file_locks", [True, False])
+def test_force_does_not_move_aside_what_another_process_writes(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch, file_locks: bool
+) -> None:
+    stopped = command()
+    stopped.run(40)
+    with held_by_another_process(stopped.out / LOCK):
+        if not file_locks:
+            without_file_locks(monkeypatch)
+        before = files(stopped.out)
+        with pytest.raises(UsageError, match="is writing into"):
+            stopped.run(force=True)
+        assert files(stopped.out) == before
+        assert [path.name for path in stopped.out.parent.iterdir()] == ["out"]
+    assert stopped.run(force=True).stopped is None
+    assert {path.name for path in stopped.out.parent.iterdir()} == {"out", "out.1"}
+
+
+def dead() -> Owner:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return alive().model_copy(update={"pid": process.pid})
+
+
+def alive() -> Owner:
+    """Of the process that runs the tests, as it would name itself."""
+    parent = psutil.Process(os.getppid())
+    return Owner(pid=parent.pid, boot=lock._boot(), started=parent.create_time())
+
+
+STALE: dict[str, Callable[[], bytes]] = {
+    "of a process that is no more": lambda: dead().model_dump_json().encode(),
+    "of one whose id came back": lambda: alive().model_copy(update={"started": 1.0}).model_dump_json().encode(),
+    "of another boot": lambda: alive().model_copy(update={"boot": "another"}).model_dump_json().encode(),
+    "torn": lambda: alive().model_dump_json().encode()[:-9],
+    "empty": lambda: b"",
+}
+
+
+@pytest.mark.parametrize("stale", STALE)
+@pytest.mark.parametrize("file_locks", [True, False])
+def test_a_lock_left_behind_is_taken_over(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch, stale: str, file_locks: bool
+) -> None:
+    stopped = command()
+    stopped.run(40)
+    if not file_locks:
+        without_file_locks(monkeypatch)
+    (stopped.out / LOCK).write_bytes(STALE[stale]())
+    assert stopped.resume().stopped is None
+    assert not (stopped.out / LOCK).exists()
+
+
+def test_a_lock_that_names_a_living_owner_is_respected_without_file_locks(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = command()
+    stopped.run(40)
+    without_file_locks(monkeypatch)
+    (stopped.out / LOCK).write_text(alive().model_dump_json())
+    with pytest.raises(UsageError, match=f"process {os.getppid()} is writing"):
+        stopped.resume()
+
+
+def test_the_lock_names_its_owner_while_it_is_held(tmp_path: Path) -> None:
+    with lock.locked(tmp_path / LOCK):
+        owner = json.loads((tmp_path / LOCK).read_text())
+    assert owner["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
