@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from kvat_core.schema import LaunchEnd, Stopped
 RUN = "KVAT_TEST_RUN"
 """Variable by which the processes of a test are told from all others."""
 AT_ONCE = 70
-HANGS = "warming up cache=static kernel=eager"
-"""The worker of fake:hang comes back from this call in an hour."""
 
 TUNE = f"""
 import sys
@@ -39,14 +37,13 @@ from kvat_core.errors import KvatError
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import stop_on_signals
 
-out, model, pinned, first_token_s, grace_s = sys.argv[1:]
-request = TuneRequest(
-    out=out, model=model, profile="ci-micro", pinned=dict(pair.split("=") for pair in pinned.split(",") if pair)
-)
+out, pinned, first_token_s, grace_s = sys.argv[1:]
+pairs = dict(pair.split("=") for pair in pinned.split(",") if pair)
+request = TuneRequest(out=out, model="fake:hang", profile="ci-micro", pinned=pairs)
 deadlines = Deadlines(first_token_s=float(first_token_s), grace_s=float(grace_s))
 try:
     with stop_on_signals() as stop:
-        result = tune(request, lambda progress: print(progress.activity, flush=True), stop=stop, deadlines=deadlines)
+        result = tune(request, stop=stop, deadlines=deadlines)
 except KvatError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -57,15 +54,26 @@ print("partial" if result.plan.partial else "complete")
 sys.exit(0 if result.stopped is None else result.stopped.exit_code)
 """
 
-SLOW = "import time; time.sleep(600)"
-"""Of a worker that does not come to itself."""
-STUBBORN = """
-import pathlib, signal, time
+TELLS = """
+import pathlib, time
 sleep = time.sleep
-time.sleep = lambda seconds: pathlib.Path({folder!r}, "hangs").touch() or sleep(seconds)
-signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({folder!r}, "asked").touch())
+time.sleep = lambda seconds: pathlib.Path("hangs").touch() or sleep(seconds)
 """
-"""Of a worker that hangs, and does not end when it is asked to."""
+"""A worker that tells when the call begins from which it does not come back."""
+STUBBORN = (
+    TELLS
+    + """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked").touch())
+"""
+)
+"""One that besides does not end when it is asked to, but tells that it was."""
+SLOW = """
+import pathlib, time
+pathlib.Path("starts").touch()
+time.sleep(600)
+"""
+"""One that does not come to itself."""
 
 
 @dataclass
@@ -73,66 +81,51 @@ class Tuning:
     """A process that tunes."""
 
     process: subprocess.Popen[str]
-    out: Path
-    lines: list[str] = field(default_factory=list)
+    folder: Path
 
-    def wait_for(self, activity: str) -> None:
-        """Return when the process says what it is doing now."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if line.startswith(activity):
-                return
-        pytest.fail(f"it ended without {activity!r}: {self.lines}")
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
 
-    def wait_for_file(self, path: Path) -> None:
-        """Return when a worker has made it."""
-        while not path.exists():
-            assert self.process.poll() is None, f"it ended without {path.name}"
+    def wait_until_its_worker(self, tells: str) -> None:
+        """Return when the worker has made a file of that name."""
+        while not (self.folder / tells).exists():
+            assert self.process.poll() is None, f"it ended without {tells!r}"
             time.sleep(0.02)
 
     def end(self) -> tuple[int, str]:
-        """Exit code and last line."""
-        assert self.process.stdout is not None
-        self.lines += self.process.stdout.read().splitlines()
-        return self.process.wait(), self.lines[-1]
+        """Exit code, and what it has printed."""
+        printed, _ = self.process.communicate()
+        return self.process.returncode, printed.rstrip("\n")
 
     def worker(self) -> psutil.Process:
         (worker,) = psutil.Process(self.process.pid).children()
         return worker
 
 
-@pytest.fixture
-def at_start_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have each worker execute some code first."""
-
-    def execute(code: str) -> None:
-        (tmp_path / "sitecustomize.py").write_text(f"import os\nif {MARK!r} in os.environ: exec({code!r})\n")
-        path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-
-    return execute
-
-
 Start = Callable[..., Any]
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start tuning; at the end of the test no process may be left."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start tuning with workers that execute some code first; at the end of the test no process may be left."""
     name = secrets.token_hex(8)
 
     @contextmanager
     def started(
-        model: str = "fake:hang", pinned: str = "", first_token_s: float = 600, grace_s: float = 600
+        workers: str = TELLS, pinned: str = "", first_token_s: float = 600, grace_s: float = 600
     ) -> Iterator[Tuning]:
-        arguments = [str(tmp_path / "out"), model, pinned, str(first_token_s), str(grace_s)]
-        environment = {**os.environ, RUN: name}
+        (tmp_path / "sitecustomize.py").write_text(f"import os\nif {MARK!r} in os.environ: exec({workers!r})\n")
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
         with subprocess.Popen(
-            [sys.executable, "-c", TUNE, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", TUNE, str(tmp_path / "out"), pinned, str(first_token_s), str(grace_s)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, RUN: name, "PYTHONPATH": path},
         ) as process:
             try:
-                yield Tuning(process, tmp_path / "out")
+                yield Tuning(process, tmp_path)
             finally:
                 process.kill()
 
@@ -179,7 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_a_run_with_a_partial_plan(start: Start, whole: Plan, number: signal.Signals) -> None:
     with start() as tuning:
-        tuning.wait_for(HANGS)
+        tuning.wait_until_its_worker("hangs")
         tuning.process.send_signal(number)
         assert tuning.end() == (Interrupted.exit_code, "partial")
     assert read_plan(tuning.out / "best_plan.json").partial
@@ -193,7 +186,7 @@ def test_one_signal_ends_a_run_with_a_partial_plan(start: Start, whole: Plan, nu
 
 def test_a_signal_before_anything_is_decidable_is_a_clear_message(start: Start) -> None:
     with start(pinned="cache=static,kernel=eager") as tuning:
-        tuning.wait_for(HANGS)
+        tuning.wait_until_its_worker("hangs")
         tuning.process.send_signal(signal.SIGINT)
         message = "interrupted; go on with --resume; nothing can be decided yet"
         assert tuning.end() == (Interrupted.exit_code, message)
@@ -201,37 +194,32 @@ def test_a_signal_before_anything_is_decidable_is_a_clear_message(start: Start) 
 
 
 def test_a_signal_while_the_machine_is_looked_at_leaves_nothing(
-    start: Start, at_start_of_workers: Callable[[str], None]
+    start: Start,
 ) -> None:
-    at_start_of_workers(SLOW)
-    with start() as tuning:
-        tuning.wait_for("looking at the machine")
+    with start(SLOW) as tuning:
+        tuning.wait_until_its_worker("starts")
         tuning.process.send_signal(signal.SIGTERM)
         message = "interrupted before measuring began; nothing was changed"
         assert tuning.end() == (Interrupted.exit_code, message)
     assert not tuning.out.exists()
 
 
-def test_a_second_signal_ends_a_run_at_once(
-    start: Start, whole: Plan, tmp_path: Path, at_start_of_workers: Callable[[str], None]
-) -> None:
-    at_start_of_workers(STUBBORN.format(folder=str(tmp_path)))
-    with start() as tuning:
-        tuning.wait_for_file(tmp_path / "hangs")
+def test_a_second_signal_ends_a_run_at_once(start: Start, whole: Plan) -> None:
+    with start(STUBBORN) as tuning:
+        tuning.wait_until_its_worker("hangs")
         tuning.process.send_signal(signal.SIGINT)
-        tuning.wait_for_file(tmp_path / "asked")
+        tuning.wait_until_its_worker("asked")
         tuning.process.send_signal(signal.SIGINT)
         assert tuning.end() == (AT_ONCE, "children left: 0")
     assert not (tuning.out / "best_plan.json").exists()
     assert not (tuning.out / "journal.lock").exists()
     assert list(read_journal(tuning.out / "journal.jsonl"))
-    at_start_of_workers("pass")
     assert decided(resumed(tuning.out)) == decided(whole)
 
 
 def test_a_lost_terminal_changes_nothing(start: Start, whole: Plan) -> None:
     with start(first_token_s=2) as tuning:
-        tuning.wait_for(HANGS)
+        tuning.wait_until_its_worker("hangs")
         tuning.process.send_signal(signal.SIGHUP)
         tuning.worker().send_signal(signal.SIGHUP)
         assert tuning.end() == (0, "complete")
@@ -240,7 +228,7 @@ def test_a_lost_terminal_changes_nothing(start: Start, whole: Plan) -> None:
 
 def test_a_killed_run_leaves_no_worker_and_can_be_resumed(start: Start, whole: Plan) -> None:
     with start() as tuning:
-        tuning.wait_for(HANGS)
+        tuning.wait_until_its_worker("hangs")
         tuning.process.kill()
         assert tuning.process.wait() == -signal.SIGKILL
     assert (tuning.out / "journal.lock").exists()
