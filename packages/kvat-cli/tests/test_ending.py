@@ -35,8 +35,9 @@ AT_A_TERMINAL = (
 DEAF = """
 import os, pathlib, signal, time
 if "KVAT_WORKER" in os.environ:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    pathlib.Path({!r}).touch()
+    here = pathlib.Path({!r})
+    signal.signal(signal.SIGTERM, lambda *_: (here / "asked").touch())
+    (here / "ready").touch()
     time.sleep(3600)
 """
 """A worker that neither reads a request nor obeys."""
@@ -109,17 +110,15 @@ def test_what_ends_before_anything_can_be_decided_names_resume_too(tmp_path: Pat
 
 
 def test_the_second_interrupt_waits_for_nobody(tmp_path: Path) -> None:
-    deaf = tmp_path / "deaf"
-    (tmp_path / "sitecustomize.py").write_text(DEAF.format(str(deaf)))
+    (tmp_path / "sitecustomize.py").write_text(DEAF.format(str(tmp_path)))
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = (*HANGING, "--deadline", "grace=500", "--out", tmp_path / "run")
     with start(*words, env={**os.environ, "PYTHONPATH": path}) as process:
-        while not deaf.exists():
-            time.sleep(0.01)
-        (worker,) = psutil.Process(process.pid).children()
-        while process.poll() is None:
+        for moment in ("ready", "asked"):
+            while not (tmp_path / moment).exists():
+                time.sleep(0.01)
+            (worker,) = psutil.Process(process.pid).children()
             process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "kvat: interrupted at once; what had been measured is in the journal\n"

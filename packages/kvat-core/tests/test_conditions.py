@@ -60,7 +60,7 @@ def test_what_is_only_recorded_rejects_nothing() -> None:
         ({"memory_pressure": 0.5}, "memory was short for 50% of the time"),
         ({"major_faults": 11}, "11 pages of the worker came from a disk"),
         (gpu(throttle_reasons=("hardware slowdown",)), "the card reports hardware slowdown"),
-        (gpu(foreign_processes=2), "2 other processes computed on the card"),
+        (gpu(foreign_processes=2), "2 other processes held a context on the card"),
         (gpu(clock_mhz=1100), "the card ran at 1100 MHz, after 1600 MHz before"),
     ],
 )

@@ -120,7 +120,7 @@ def test_others_on_a_card_are_named_with_what_to_do(driver: pytest.MonkeyPatch) 
     driver.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x40 | 0x4)
     findings = [finding for finding in noise.standing_findings() if finding.startswith("Some Card")]
     assert findings == [
-        "Some Card: 1 processes compute on it; stop them, or measure on another --device",
+        "Some Card: 1 processes have a context on it; stop them, or measure on another --device",
         "Some Card: its clock is held down by hardware thermal slowdown; let it cool, and look at its power supply",
     ]
 

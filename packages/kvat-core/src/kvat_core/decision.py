@@ -93,6 +93,8 @@ def decide(run: Run) -> Decision | None:
     if not field.eligible:
         return None
     incumbent = run.incumbent
+    if incumbent in run.live and incumbent not in field.utilities:
+        return None  # a run that was cut before it knew what to compare with
     reference = incumbent if incumbent in field.utilities else field.eligible[0]
     leader = max(field.eligible, key=lambda name: field.mean(name, reference))
     winner, verdict = _choose(field, incumbent, leader)

@@ -9,7 +9,7 @@ An adapter package registers a subclass of `Engine` under the entry-point group
 **`Engine`** is the light half. Importing its module must import nothing heavy, because
 `kvat engines` and the supervising process do it; they never run a model. Its methods
 `probe` and `describe` are called in one short-lived child process per run and may
-import anything. `probe` is called again in a new child when several candidates have failed in a row, to
+import anything. `probe` is called again in a new child after failures, to
 see whether the device still works. **`EngineAdapter`** is the heavy half; it lives in a
 worker process.
 

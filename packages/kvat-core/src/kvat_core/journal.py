@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from typing_extensions import Self
 
+from kvat_core import outputs
 from kvat_core.errors import CannotWrite, JournalDamaged
 from kvat_core.schema import EVENT_TYPES, Event
 
@@ -88,6 +89,7 @@ def create_journal(path: Path) -> Journal:
         raise
     except OSError as error:
         raise CannotWrite(f"{path} cannot be created ({error.strerror}); name another --out") from error
+    outputs.sync_directory(path.parent)
     return Journal(path, descriptor, 0)
 
 
@@ -138,6 +140,8 @@ def _cut_torn_end(path: Path) -> None:
     if whole < len(data):
         with path.with_name(path.name + TORN).open("ab") as aside:
             aside.write(data[whole:])
+            aside.flush()
+            os.fsync(aside.fileno())
         with path.open("r+b") as file:
             file.truncate(whole)
             os.fsync(file.fileno())

@@ -25,7 +25,7 @@ end = time.monotonic() + {TRIAL_S}
 while time.monotonic() < end:
     pass
 running, waiting, _ = open("/proc/self/schedstat").read().split()
-print(int(waiting) / (int(running) + int(waiting)))
+print(int(waiting) / max(1, int(running) + int(waiting)))
 """
 """Keeps a core busy and prints which share of that time it had to wait for one."""
 
@@ -59,13 +59,20 @@ def _quota() -> str | None:
 
 def _governor() -> str | None:
     files = Path("/sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_governor")
-    slow = sorted({text for file in files if (text := file.read_text().strip()) != "performance"})
+    slow = sorted({text for file in files if (text := _text(file)) not in ("", "performance")})
     if not slow:
         return None
     return (
         f"CPU frequency governor {' and '.join(slow)}: clocks follow the load; "
         "set it with: sudo cpupower frequency-set --governor performance"
     )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # a core that is switched off
+        return ""
 
 
 def _memory() -> str | None:
@@ -91,7 +98,7 @@ _LOOKS: tuple[Callable[[], str | None], ...] = (_load, _quota, _governor, _memor
 def _cards() -> Iterator[str]:
     for name, card in gpu.open_cards():
         if pids := card.pids():
-            yield f"{name}: {len(pids)} processes compute on it; stop them, or measure on another --device"
+            yield f"{name}: {len(pids)} processes have a context on it; stop them, or measure on another --device"
         if held := [reason for reason in card.throttle_reasons() if reason != "power cap"]:
             yield f"{name}: its clock is held down by {' and '.join(held)}; let it cool, and look at its power supply"
 
@@ -126,4 +133,5 @@ def _spin(processes: int) -> list[float]:
         return []
     command = [sys.executable, "-S", "-c", _SPIN]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    return [float(process.communicate()[0]) for process in started]
+    printed = [process.communicate()[0] for process in started]
+    return [float(share) for share in printed if share.strip()]

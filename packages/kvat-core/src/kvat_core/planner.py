@@ -37,7 +37,7 @@ RANDOM_WEIGHTS_NOTE = (
     "the weights are random: speed and memory are representative of the architecture, output and fidelity are not, "
     "nor is the load time"
 )
-PARTIAL_NOTE = "the run was ended before it had measured all it meant to; go on with --resume"
+PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); go on with --resume"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
@@ -85,6 +85,8 @@ def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
 
 def _no_winner(run: Run) -> AllFailed | NothingFeasible:
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
+    if measured and run.incumbent not in measured and run.incumbent in run.live:
+        return NothingFeasible("what runs today has not been measured yet, so there is nothing to compare with")
     if measured:
         return NothingFeasible(
             "no measured candidate may be recommended: each may change the output; --set one to accept it"
@@ -102,7 +104,7 @@ def _choice(run: Run, candidate_id: str) -> Choice:
 def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes = list(header.notes)
     if run.end is None:
-        notes.append(PARTIAL_NOTE)
+        notes.append(PARTIAL_NOTE.format(f"{run.stopped.kind} {run.stopped.reason}" if run.stopped else "killed"))
     notes += _unstable_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
@@ -146,10 +148,10 @@ def _kind(cause: str) -> str:
 
 
 def _winner_metrics(run: Run, winner: str) -> WinnerMetrics:
-    """Jitter of the winner; its error rate is that of its timed calls, of which a winner has none failed."""
+    """Jitter of the winner, and how often a timed cell of its ended with a failure, which was then forgiven."""
     samples = [sample for key in run.scenarios for sample in _samples(run, Cell(candidate=winner, scenario=key))]
     jitters = [value for value in map(metrics.jitter, samples) if value is not None]
-    failed = sum(failed.cell.candidate == winner for failed in run.failed)
+    failed = sum(failed.cell.candidate == winner for failed in run.timing_failures)
     return WinnerMetrics(error_rate=failed / (failed + len(samples)), jitter=median(jitters) if jitters else None)
 
 

@@ -129,6 +129,11 @@ def prepare(
     return Preparation(out, header, tuple(entries), recipes, source, probe.device_uuid)
 
 
+def utc_now() -> str:
+    """Time of day, UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 def _profile(request: TuneRequest) -> Profile:
     chosen = DEFAULT_PROFILE if request.profile is None else request.profile
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
@@ -203,7 +208,7 @@ def _header(
     public = target.model.model_copy(update={"id": _public_id(engine, target.model.id, local=shape.local)})
     return Header(
         kvat=version("kvat-core"),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        created=utc_now(),
         engine=engine.name,
         versions=probe.versions,
         target=target.model_copy(update={"model": public}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
 
 from pydantic import JsonValue
 
@@ -31,9 +30,11 @@ from kvat_core.schema import (
 
 ATTEMPTS_PER_SAMPLE = 2
 """Timed calls that a launch makes at most, per sample wanted, before it goes on with those it has."""
+OF_THE_CANDIDATE = ("unsupported", "not_applied", "invalid_output", "oom_device", "oom_host", "unkillable")
+"""Kinds of failure for which the machine is never to blame."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
-_DERIVED = ("live", "failures", "forgiven", "own_memory", "_timing_failures", "_alike")
+_DERIVED = ("live", "failures", "forgiven", "own_memory", "timing_failures", "memory_tried", "suspects", "_alike")
 """What is worked out once from all records but the samples, and anew after the next of those."""
 
 
@@ -52,7 +53,7 @@ class Run:
         self.measured: list[Measured] = []
         self.ended: list[LaunchEnd] = []
         self.health: list[Health] = []
-        self._excused: set[int] = set()
+        self._excused: list[Failed] = []
         self.stopped: Stopped | None = None
         self.end: End | None = None
         self.fastest_clock_mhz: int | None = None
@@ -109,7 +110,7 @@ class Run:
             case Health():
                 self.health.append(event)
                 if not event.ok:
-                    self._excused |= self._fruitless_launches()
+                    self._excuse_since_the_last_sound_launch()
             case Stopped():
                 self.stopped = event
             case Resumed():
@@ -150,7 +151,7 @@ class Run:
         """How each failed candidate ended; where only its peak memory could not be read, its figures stand."""
         ends: dict[str, Failed] = {}
         forgiven = self.forgiven
-        for failed in self._timing_failures:
+        for failed in self.timing_failures:
             name = failed.cell.candidate
             if failed.launch != forgiven.get(name):
                 ends.setdefault(name, failed)
@@ -164,23 +165,48 @@ class Run:
         a candidate is forgiven the first, wherever its launch ended it.
         """
         first: dict[str, int] = {}
-        for failed in self._timing_failures:
-            too_early = failed.failure.phase in ("start", "load")
+        for failed in self.timing_failures:
+            too_early = not failed.phase_is_of_a_cell
             if failed.failure.kind == "crash" or (too_early and self._was_loaded(failed)):
                 first.setdefault(failed.cell.candidate, failed.launch)
         return first
 
     @cached_property
-    def _timing_failures(self) -> list[Failed]:
+    def timing_failures(self) -> list[Failed]:
+        """Ends of timed cells, without those for which a broken machine is to blame."""
         memory = {order.launch for order in self.launches if order.purpose == "memory"}
-        return [failed for failed in self.failed if failed.launch not in memory | self._excused]
+        return [failed for failed in self.failed if failed.launch not in memory and failed not in self._excused]
 
-    def _fruitless_launches(self) -> set[int]:
-        """The last launches, as far back as none has a sample: of these a broken machine is to blame."""
-        fruitful = {sample.launch for sample in self.samples}
-        return {
-            order.launch for order in takewhile(lambda order: order.launch not in fruitful, reversed(self.launches))
+    @cached_property
+    def memory_tried(self) -> set[Cell]:
+        """Cells that had a process for their peak memory, whether it could be read or not.
+
+        A launch without an end was interrupted, and one that a broken machine ended is no trial either.
+        """
+        void = {failed.launch for failed in self._excused}
+        ended = {end.launch for end in self.ended} - void
+        orders = (order for order in self.launches if order.purpose == "memory" and order.launch in ended)
+        return {cell for order in orders for cell in order.cells}
+
+    @cached_property
+    def suspects(self) -> set[str]:
+        """Candidates that ended a process by a cell of theirs, and have had no sample since: the next one is theirs."""
+        culprits = {
+            failed.cell.candidate: failed.launch for failed in self.timing_failures if failed.phase_is_of_a_cell
         }
+        return {
+            name
+            for name, launch in self.forgiven.items()
+            if culprits.get(name) == launch
+            and not any(sample.candidate == name and sample.launch > launch for sample in self.samples)
+        }
+
+    def _excuse_since_the_last_sound_launch(self) -> None:
+        """Of failures up to the last launch that had samples and none of them, a broken machine is to blame."""
+        doubtful = [failed for failed in self.failed if failed.failure.kind not in OF_THE_CANDIDATE]
+        sampled = {sample.launch for sample in self.samples}
+        sound = max(sampled - {failed.launch for failed in doubtful}, default=-1)
+        self._excused += [failed for failed in doubtful if failed.launch > sound]
 
     def _was_loaded(self, failed: Failed) -> bool:
         """Whether the candidate had been loaded in a launch before."""
@@ -208,16 +234,19 @@ class Run:
     def samples_of(self, cell: Cell) -> dict[int, list[Sample]]:
         """Timed calls that count for a cell, under whichever of its aliases they were taken, by round.
 
-        They are those of the last launch that got all it wanted: nothing half-measured is mixed in. Of these the
+        They are those of the last launch that got all it wanted: nothing half-measured is used. Of these the
         rejected ones are left out, unless there is no other; a call that compiled code is never used.
         """
         launches = self._launches_of(cell)
-        return {number: used for number, one in launches.items() if (used := _used(one))}
+        return {number: used for number, one in launches.items() if self.has_enough(one) and (used := _used(one))}
+
+    def calls_of(self, cell: Cell) -> list[Sample]:
+        """Timed calls of a cell so far, for a display: also those of a launch that still goes on."""
+        return [sample for one in self._launches_of(cell).values() for sample in one]
 
     def complete_rounds(self, cell: Cell) -> set[int]:
         """Rounds in which nothing more is to be measured for a cell."""
-        launches = self._launches_of(cell)
-        return {number for number, one in launches.items() if self.has_enough(one)}
+        return set(self.samples_of(cell))
 
     def has_enough(self, samples: Sequence[Sample]) -> bool:
         """Whether a launch that made these calls of a cell need make no more."""
@@ -227,10 +256,12 @@ class Run:
 
     def rejected_share(self, candidate_id: str) -> float:
         """Share of a candidate's timed calls that were rejected, in the launches that count."""
+        cells = [Cell(candidate=candidate_id, scenario=key) for key in self.scenarios]
         calls = [
             sample
-            for key in self.scenarios
-            for samples in self._launches_of(Cell(candidate=candidate_id, scenario=key)).values()
+            for cell in cells
+            for samples in self._launches_of(cell).values()
+            if self.has_enough(samples)
             for sample in samples
         ]
         return sum(bool(sample.distrust) for sample in calls) / len(calls) if calls else 0.0

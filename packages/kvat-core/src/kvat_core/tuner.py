@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from kvat_core import discovery, lock, outputs, resume
@@ -20,7 +19,7 @@ from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.launch import Bench, OpenWorker, carry_out
 from kvat_core.measure.supervisor import Client, WorkerProcess
 from kvat_core.planner import make_plan
-from kvat_core.preparation import Preparation, TuneRequest, prepare
+from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
 from kvat_core.run import Run
 from kvat_core.schema import End, Event, Header, JournalRef, Plan, Resumed, Stopped
 from kvat_core.search import Grid
@@ -129,10 +128,11 @@ def tune(
             deadlines=limits,
         )
         display.run = run
+        before = _Times.of(run)
         stopped = _measure(bench, stop, display) if run.end is None else None
         if run.end is None and stopped is None:
             record(End(wall_s=time.perf_counter() - started))
-        return _write_outputs(prepared.out, started, stopped)
+        return _write_outputs(prepared, started, before, stopped)
 
 
 def _measure(bench: Bench, stop: Stop, display: _Display) -> KvatError | None:
@@ -177,7 +177,7 @@ def _open_journal(prepared: Preparation, request: TuneRequest) -> Iterator[tuple
     with journal:
         if request.resume:
             if run.end is None:
-                record(Resumed(created=_now()))
+                record(Resumed(created=utc_now()))
         else:
             journal.append(prepared.header)
         for entry in prepared.entries[len(run.candidates) :]:
@@ -212,12 +212,26 @@ def _resumed(path: Path, prepared: Preparation) -> tuple[Run, Journal]:
     return Run.from_events(events), journal
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+@dataclass(frozen=True)
+class _Times:
+    """Where the time of a run went, in seconds."""
+
+    importing_s: float
+    loading_s: float
+    generating_s: float
+
+    @classmethod
+    def of(cls, run: Run) -> _Times:
+        return cls(
+            importing_s=sum(loaded.start_s for loaded in run.loaded),
+            loading_s=sum(loaded.load_s for loaded in run.loaded),
+            generating_s=sum(end.generate_s for end in run.ended),
+        )
 
 
-def _write_outputs(out: Path, started: float, stopped: KvatError | None) -> TuneResult:
+def _write_outputs(prepared: Preparation, started: float, before: _Times, stopped: KvatError | None) -> TuneResult:
     """Everything after measuring is a function of the journal on disk."""
+    out = prepared.out
     path = out / outputs.JOURNAL
     run = Run.from_events(read_journal(path))
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
@@ -238,15 +252,16 @@ def _write_outputs(out: Path, started: float, stopped: KvatError | None) -> Tune
             files += outputs.write_files(out, {report.file_name: report.render(plan)})
         except Exception as error:  # a renderer is foreign code, and must not cost the plan
             warnings.append(f"report {report.name} was not written: {_cause(error)}")
-    importing_s = run.header.probe_s + sum(loaded.start_s for loaded in run.loaded)
+    times = _Times.of(run)
+    importing_s = prepared.header.probe_s + times.importing_s - before.importing_s
     return TuneResult(
         plan=plan,
         out=out,
         files=(path, *files),
         wall_s=time.perf_counter() - started,
-        loading_s=importing_s + sum(loaded.load_s for loaded in run.loaded),
+        loading_s=importing_s + times.loading_s - before.loading_s,
         importing_s=importing_s,
-        generating_s=sum(end.generate_s for end in run.ended),
+        generating_s=times.generating_s - before.generating_s,
         warnings=tuple(warnings),
         stopped=stopped,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import JsonValue
@@ -29,6 +29,7 @@ class Call(NamedTuple):
 
     tokens: torch.Tensor
     prompt_tokens: int
+    clock: Literal["host", "device"]
     token_s: list[float]
     duration_s: float
     compilations: int
@@ -66,12 +67,16 @@ class TransformersAdapter(EngineAdapter):
         options = {"dtype": getattr(torch, str(dtype)), "device": device, "attention": str(attn_backend)}
         with translated():
             self.model = _load(source, **options)
+        if self.model.device.type == "cuda":
+            # Events are recorded on the current device, whichever device the work is on.
+            torch.cuda.set_device(self.model.device)
         self._tokenizer = load_tokenizer(source)
         special = self._special_ids()
         self._ordinary_ids = [token for token in range(self._vocabulary()) if token not in special]
         self._text_ids.clear()
 
     def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
+        self._clock = None  # the call before is over
         rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
         return torch.tensor(rows, device=self.model.device)
 
@@ -156,7 +161,8 @@ class TransformersAdapter(EngineAdapter):
             duration_s = (time.perf_counter_ns() - start_ns) / 1e9
         tokens, cache = _unpack(output)
         self._look_at(cache, prompt, max_new_tokens)
-        return Call(tokens, prompt.shape[1], clock.token_s(), duration_s, proof.compiled_graphs() - graphs)
+        compilations = proof.compiled_graphs() - graphs
+        return Call(tokens, prompt.shape[1], clock.kind, clock.token_s(), duration_s, compilations)
 
     def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
         """Size up the cache that a call has left, beside what it should be.
@@ -223,7 +229,7 @@ def _timeline(call: Call) -> Timeline:
         token_gaps_s=tuple(later - earlier for earlier, later in pairwise(call.token_s)),
     )
     return Timeline(
-        clock="host",
+        clock=call.clock,
         duration_s=call.duration_s,
         requests=(request,) * call.tokens.shape[0],
         compilations=call.compilations,

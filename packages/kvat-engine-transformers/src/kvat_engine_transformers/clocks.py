@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -12,6 +12,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 class TokenClock(Protocol):
     """Times one call of `generate`."""
+
+    kind: Literal["host", "device"]
+    """Whose clock it is."""
 
     def arguments(self) -> dict[str, Any]:
         """What `generate` needs to be given for the clock to see its tokens."""
@@ -28,6 +31,8 @@ class TokenClock(Protocol):
 
 class HostClock:
     """A streamer that notes when tokens reach the host; the first thing it gets is the prompt."""
+
+    kind: Literal["host", "device"] = "host"
 
     def __init__(self) -> None:
         self._times_ns: list[int] = []
@@ -66,6 +71,8 @@ class DeviceClock(StoppingCriteria):
     Args:
         event: makes an event that keeps its time, e.g. `torch.cuda.Event(enable_timing=True)`.
     """
+
+    kind: Literal["host", "device"] = "device"
 
     def __init__(self, event: Callable[[], Any]) -> None:
         self._event = event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -178,6 +178,26 @@ def _head_dim(text: PreTrainedConfig) -> int | None:
     if _latent(text) or _differs_by_layer(text, "head_dim"):
         return None
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+class CacheShape(NamedTuple):
+    """What decides how much the cache of a model holds."""
+
+    windows: tuple[int | None, ...]
+    """Per layer: positions that it keeps at most, None for all."""
+    kv_heads: int
+    head_dim: int
+
+
+def cache_shape(config: PreTrainedConfig) -> CacheShape | None:
+    """Layers, heads and windows, or None where they do not tell what is kept: no guess is made."""
+    text = config.get_text_config(decoder=True)
+    kinds, kv_heads, head_dim = _attention_kinds(text), _kv_heads(text), _head_dim(text)
+    shares = getattr(text, "num_kv_shared_layers", None)  # the last layers use the keys of earlier ones
+    if kv_heads is None or head_dim is None or "other" in kinds or shares:
+        return None
+    window = _window(text)
+    return CacheShape(tuple(window if kind == "sliding" else None for kind in kinds), kv_heads, head_dim)
 
 
 def _latent(text: PreTrainedConfig) -> bool:

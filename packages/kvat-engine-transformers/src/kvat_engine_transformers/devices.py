@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
-from kvat_core.probes.cpu import available_memory_bytes, usable_cores
+from kvat_core.probes.cpu import available_memory_bytes, quota_cores, usable_cores
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 
@@ -88,12 +88,13 @@ def _present() -> list[str]:
 
 
 def _threads() -> int:
-    """Torch's own number, but one core stays free.
+    """Torch's own number, but one core stays free, and no more than the control group allows.
 
     OpenMP threads wait for each other by spinning; where any other process takes one of their cores, and be it the
     one that supervises the measurement, two threads on two cores were seen to be up to ninety times slower than one.
     """
-    return max(1, min(torch.get_num_threads(), usable_cores() - 1))
+    allowed = usable_cores() if quota_cores() is None else min(usable_cores(), int(quota_cores() or 1))
+    return max(1, min(torch.get_num_threads(), allowed - 1))
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,8 @@ import psutil
 import torch
 from transformers import Cache, PreTrainedConfig
 
+from kvat_engine_transformers.description import cache_shape
+
 _QUANTO_GROUP, _QUANTO_RESIDUAL = 64, 128
 """Group size and residual length that a quantised cache of Transformers has if nobody says otherwise."""
 
@@ -23,6 +25,8 @@ def start_peaks(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current size
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        if hasattr(torch.cuda, "reset_peak_host_memory_stats"):
+            torch.cuda.reset_peak_host_memory_stats()
 
 
 def resident_bytes() -> int:
@@ -34,8 +38,9 @@ def peak_host_bytes() -> int:
     """Peak resident size of this process since `start_peaks`; over its lifetime where that can do nothing."""
     status = Path("/proc/self/status")
     if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if lines:  # some kernels made for containers leave it out
+            return int(lines[0].split()[1]) * 1024
     # Kilobytes everywhere but on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -98,31 +103,16 @@ def predicted_cache_bytes(
         batch_size: requests.
         element_bytes: of a key's or value's number, unquantised.
     """
-    text = config.get_text_config(decoder=True)
-    windows = _windows(text)
-    if windows is None:
+    shape = cache_shape(config)
+    if shape is None:
         return None
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = int(2 * heads * head_dim * batch_size)
+    per_token = 2 * shape.kv_heads * shape.head_dim * batch_size
     stored = prompt_tokens + output_tokens - 1
     if arguments["cache_implementation"] == "quantized":
         layer_bytes = _quantised_bytes(per_token, prompt_tokens, output_tokens - 1, element_bytes, arguments)
-        return len(windows) * layer_bytes
+        return len(shape.windows) * layer_bytes
     slots = int(arguments.get("max_cache_len") or stored)
-    held: int = sum(min(slots, window or slots) for window in windows)
-    return held * per_token * element_bytes
-
-
-def _windows(text: Any) -> list[int | None] | None:
-    """Window of each layer, None for full attention; None if any layer keeps something else than keys and values."""
-    kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    if not set(kinds) <= {"sliding_attention", "full_attention"} or hasattr(text, "kv_lora_rank"):
-        return None
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return sum(min(slots, window or slots) for window in shape.windows) * per_token * element_bytes
 
 
 def _quantised_bytes(

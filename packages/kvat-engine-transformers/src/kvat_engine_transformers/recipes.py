@@ -23,7 +23,7 @@ def recipe(settings: Mapping[str, str], scenario: Scenario, target: Target) -> R
             "dtype": settings["dtype"],
             "device": target.device,
             "attn_backend": "eager" if settings["attention"] == "eager" else "sdpa",
-            "extra": _extra(settings, target),
+            "extra": _extra(settings, scenario, target),
         },
         context=_contexts(settings),
         call="generate",
@@ -48,12 +48,14 @@ def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _extra(settings: Mapping[str, str], target: Target) -> dict[str, JsonValue]:
-    # Compiled code outlives the call that made it, so a compiled candidate gets a launch of its own.
+def _extra(settings: Mapping[str, str], scenario: Scenario, target: Target) -> dict[str, JsonValue]:
+    # Compiled code outlives the call that made it, and a second length changes what is compiled for the first. So
+    # each cell that compiles has a launch, and a compiler's cache, of its own.
+    everything: list[JsonValue] = [scenario.key, *(f"{knob}={value}" for knob, value in sorted(settings.items()))]
     return {
         "revision": target.model.revision,
         "threads": _threads(settings),
-        "compile": settings["compile"],
+        "compiled_for": None if settings["compile"] == "off" else everything,
     }
 
 

@@ -34,8 +34,7 @@ def rows(run: Run) -> list[Row]:
 
 
 def _row(run: Run, candidate: str, label: str, scenario: str) -> Row:
-    rounds = run.samples_of(Cell(candidate=candidate, scenario=scenario))
-    samples = [sample for samples in rounds.values() for sample in samples]
+    samples = run.calls_of(Cell(candidate=candidate, scenario=scenario))
     failures = [failed.failure.kind for failed in run.failed if failed.cell.candidate == candidate]
     return Row(
         candidate=label,

@@ -24,12 +24,17 @@ class PlainLines:
         self._launches = 0
         self._failures = 0
         self._checks = 0
+        self._begun = False
 
     def __call__(self, progress: Progress) -> None:
         """Show this moment of a run."""
         run = progress.run
         if run is None:
             return
+        if not self._begun:
+            # What a resumed run has from before is no news.
+            self._begun = True
+            self._launches, self._failures, self._checks = len(run.launches), len(run.failed), len(run.health)
         names = labels(run)
         for order in run.launches[self._launches :]:
             _say(_launch_line(order, names, state(progress)))
@@ -54,8 +59,8 @@ def _launch_line(order: LaunchOrder, names: Mapping[str, str], standing: str) ->
 
 def _health_line(health: Health, device: str) -> str:
     if health.ok:
-        return f"several failures in a row: checked that {device} still works, going on"
-    return one_line(f"several failures in a row, and {device} does not work: {health.reason}")
+        return f"after failures: checked that {device} still works, going on"
+    return one_line(f"after failures: {device} does not work: {health.reason}")
 
 
 def _failure_line(failed: Failed, names: Mapping[str, str]) -> str:

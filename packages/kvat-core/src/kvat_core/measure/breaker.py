@@ -6,16 +6,14 @@ from collections.abc import Callable
 
 from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
-from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.launch import OpenWorker, held
 from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import WorkerFailed
-from kvat_core.run import Run
+from kvat_core.run import OF_THE_CANDIDATE, Run
 from kvat_core.schema import Event, Failed, Health
 
 FAILURES_IN_A_ROW = 3
 """Launches without a single sample, after which the machine itself is checked."""
-_CLEAN = ("unsupported", "not_applied", "oom_device", "oom_host")
-"""Kinds that say something of the candidate alone."""
 
 
 class Breaker:
@@ -54,11 +52,8 @@ class Breaker:
         failures = [failed for failed in self._run.failed if failed.launch == launch]
         device = self._run.header.target.device
         if any(failed.failure.kind == "unkillable" for failed in failures):
-            raise Paused(
-                f"a worker cannot be killed and may hold {device}: wait until it is gone, or restart the machine, "
-                "then go on with --resume"
-            )
-        failed = any(one.failure.kind not in _CLEAN for one in failures)
+            raise held(device)
+        failed = any(one.failure.kind not in OF_THE_CANDIDATE for one in failures)
         sampled = any(sample.launch == launch for sample in self._run.samples)
         self._in_a_row = self._in_a_row + 1 if failed and not sampled else 0
         if self._in_a_row >= FAILURES_IN_A_ROW or _broke_the_device(failures):
@@ -72,7 +67,7 @@ class Breaker:
         self._record(Health(ok=reason is None, reason=reason or ""))
         if reason is not None:
             raise Paused(
-                f"after several failures a fresh process cannot work on {device} either ({reason}): mend that, "
+                f"after failures a fresh process cannot work on {device} either ({reason}): mend that, "
                 "then go on with --resume"
             )
 

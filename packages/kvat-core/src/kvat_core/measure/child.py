@@ -52,9 +52,14 @@ class Child:
                 env={**os.environ, "PYTHONSAFEPATH": "1", **environment, MARK: self._mark},
                 start_new_session=True,
             )
+        except OSError:
+            os.close(self.requests)
+            os.close(self.replies)
+            raise
         finally:
             os.close(requests)
             os.close(replies)
+        self._started = psutil.Process(self.pid).create_time()
         os.set_blocking(self.requests, False)
         assert self._process.stdout is not None
         self._output = _Tail(self._process.stdout)
@@ -69,7 +74,9 @@ class Child:
         if self._process.returncode is not None:
             return True
         if hasattr(os, "waitid"):
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            # Without children to wait for, somebody else has reaped it.
+            with contextlib.suppress(ChildProcessError):
+                return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         return self._process.poll() is not None
 
     def wait(self, timeout_s: float) -> bool:
@@ -133,7 +140,8 @@ class Child:
     def _strays(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self._mark:
+                # Of older ones the environment is not read: of a process that hangs in the kernel it may not come.
+                if process.create_time() >= self._started and process.environ().get(MARK) == self._mark:
                     yield process
 
 

@@ -5,7 +5,10 @@ Never for being slow: a sample is rejected only for a cause that something else 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+
+import psutil
 
 from kvat_core.probes import gpu, host
 from kvat_core.schema import Conditions, GpuConditions
@@ -52,8 +55,12 @@ class SystemWatch:
         return end
 
     def process_bytes(self, pid: int | None) -> int | None:
-        """Memory of the worker on the card by the driver, None where it does not tell."""
-        return None if self._card is None or pid is None else self._card.process_bytes(pid)
+        """Memory of the worker and its children on the card by the driver, None where it does not tell."""
+        if self._card is None:
+            return None
+        held = [self._card.process_bytes(own) for own in _family(pid)]
+        known = [one for one in held if one is not None]
+        return sum(known) if known else None
 
 
 def causes(conditions: Conditions, fastest_clock_mhz: int | None) -> tuple[str, ...]:
@@ -81,7 +88,7 @@ def _gpu_causes(card: GpuConditions | None, fastest_clock_mhz: int | None) -> tu
         return ()
     found = [f"the card reports {reason}" for reason in card.throttle_reasons if reason in HELD_BACK]
     if card.foreign_processes:
-        found.append(f"{card.foreign_processes} other processes computed on the card")
+        found.append(f"{card.foreign_processes} other processes held a context on the card")
     if card.clock_mhz is not None and fastest_clock_mhz and card.clock_mhz < MIN_CLOCK * fastest_clock_mhz:
         found.append(f"the card ran at {card.clock_mhz} MHz, after {fastest_clock_mhz} MHz before")
     return tuple(found)
@@ -89,13 +96,13 @@ def _gpu_causes(card: GpuConditions | None, fastest_clock_mhz: int | None) -> tu
 
 def _gpu(card: gpu.Card, pid: int | None, energy_mj: int | None) -> GpuConditions:
     energy_after_mj = card.energy_mj()
-    pids = card.pids()
+    pids, own = card.pids(), _family(pid)
     return GpuConditions(
         clock_mhz=card.clock_mhz(),
         temperature_c=card.temperature_c(),
         throttle_reasons=card.throttle_reasons(),
         # In a container the driver may know the worker by another id: then it is the one that is not foreign.
-        foreign_processes=len(pids - {pid}) if pid in pids else max(0, len(pids) - 1),
+        foreign_processes=len(pids - own) if pids & own else max(0, len(pids) - 1),
         energy_j=None if energy_mj is None or energy_after_mj is None else (energy_after_mj - energy_mj) / 1000,
     )
 
@@ -122,6 +129,15 @@ def _conditions(before: host.Counters, after: host.Counters, card: GpuConditions
         major_faults=_rise(before.major_faults, after.major_faults),
         gpu=card,
     )
+
+
+def _family(pid: int | None) -> frozenset[int]:
+    """A process and all that it has started."""
+    if pid is None:
+        return frozenset()
+    with contextlib.suppress(psutil.Error):
+        return frozenset({pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))})
+    return frozenset({pid})
 
 
 def _rise(before: int | None, after: int | None) -> int | None:

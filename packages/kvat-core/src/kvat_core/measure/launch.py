@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kvat_core import metrics
-from kvat_core.errors import UsageError
+from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.conditions import Watch, causes
 from kvat_core.measure.deadlines import Deadlines, Limits
-from kvat_core.measure.messages import PromptSpec
+from kvat_core.measure.messages import Operation, PromptSpec, Started
 from kvat_core.measure.redaction import anonymous, values_without_prompt, without_prompt
 from kvat_core.measure.supervisor import Client, WorkerFailed
 from kvat_core.run import Run
@@ -68,8 +68,8 @@ class Bench:
     process_device_bytes: Callable[[int | None], int | None]
     """Memory of a process on the device by its driver."""
     deadlines: Deadlines
-    compiled: set[Cell] = field(default_factory=set)
-    """Cells whose code the compiler has cached in `scratch`."""
+    compiled: set[str] = field(default_factory=set)
+    """Keys of the loads for which the compiler has cached something in `scratch`."""
 
 
 def carry_out(order: LaunchOrder, bench: Bench) -> None:
@@ -80,6 +80,7 @@ def carry_out(order: LaunchOrder, bench: Bench) -> None:
 
     Raises:
         Interrupted: the user ended the run; the launch has no end in the journal.
+        Paused: the worker cannot be killed.
     """
     started = time.perf_counter()
     bench.record(order)
@@ -101,6 +102,7 @@ class _Launch:
         self._bench = bench
         self._header = bench.run.header
         self._load = bench.recipes[order.cells[0]]
+        self._sees_tokens = False
         self.generate_s = 0.0
 
     def run_all(self) -> None:
@@ -108,16 +110,20 @@ class _Launch:
             with self._bench.open_worker(self._load.environment) as self._client:
                 if self._load_model():
                     self._measure()
-        except (_LaunchOver, WorkerFailed):
-            # Either it is recorded, or it befell what no cell depends on: memory, and the end of the worker.
+        except _LaunchOver:
             return
+        except WorkerFailed as failed:
+            # It befell what no cell depends on: the end of the worker. A device that is held concerns all.
+            if failed.failure.kind == "unkillable":
+                raise held(self._header.target.device) from failed
 
     def _load_model(self) -> bool:
         deadlines = self._bench.deadlines
         try:
             self._bench.announce("starting a worker")
-            arguments = {"engine": self._header.engine, "scratch": str(self._bench.scratch)}
-            start_s, _ = self._ask("start", arguments, "start", Limits(deadlines.start_s))
+            arguments = {"engine": self._header.engine, "scratch": str(self._scratch())}
+            start_s, started = self._ask("start", arguments, "start", Limits(deadlines.start_s))
+            self._sees_tokens = _validated(Started, started, "start").sees_tokens
             self._bench.announce("loading the model")
             load_s, _ = self._ask("load", dict(self._load.load), "load", Limits(deadlines.load_s))
         except WorkerFailed as failed:
@@ -129,26 +135,33 @@ class _Launch:
 
     def _measure(self) -> None:
         if self._order.purpose == "memory":
-            self._guarded(self._order.cells[0], self._exercise)
+            self._with_peak(self._order.cells[0], self._exercise)
         else:
             # All proofs come first: a cell that runs the very same thing as another is not timed twice.
             for cell in self._order.cells:
                 self._guarded(cell, self._prove)
             for cell in self._order.cells:
                 if self._bench.run.original(cell) == cell:
-                    self._guarded(cell, self._time)
+                    self._with_peak(cell, self._time)
         self._ask("cleanup", {}, "cleanup", Limits(self._bench.deadlines.other_s))
 
-    def _guarded(self, cell: Cell, step: Callable[[Cell], None]) -> None:
+    def _with_peak(self, cell: Cell, step: Callable[[Cell], None]) -> None:
+        """Run a step and read which peak it has left; what cannot be read costs the cell nothing."""
+        if self._guarded(cell, step):
+            self._read_resources(cell)
+
+    def _guarded(self, cell: Cell, step: Callable[[Cell], None]) -> bool:
         """Run one step of a cell; its failure is recorded, and ends the launch unless the worker is sound."""
         if cell.candidate not in self._bench.run.live:
-            return
+            return False
         try:
             step(cell)
         except WorkerFailed as failed:
             self._fail(cell, failed.failure)
             if not failed.alive or failed.failure.kind not in ("unsupported", "not_applied"):
                 raise _LaunchOver from failed
+            return False
+        return True
 
     def _prove(self, cell: Cell) -> None:
         recipe = self._prepare(cell)
@@ -171,23 +184,25 @@ class _Launch:
     def _compile(self, cell: Cell) -> None:
         """The first call, whose time is what a user's first request takes."""
         self._bench.announce(f"compiling {self._label(cell)}")
-        timeline = self._decode(cell, FIRST_CALL, "compile", Limits(self._bench.deadlines.compile_s))
+        timeline = self._decode(cell, FIRST_CALL, "compile", self._compile_limits)
         self._bench.record(
             FirstCall(
                 launch=self._order.launch,
                 cell=cell,
                 duration_s=timeline.duration_s,
                 compilations=timeline.compilations,
-                cold=cell not in self._bench.compiled,
+                cold=self._load.load_key not in self._bench.compiled,
             )
         )
-        self._bench.compiled.add(cell)
+        self._bench.compiled.add(self._load.load_key)
 
     def _time(self, cell: Cell) -> None:
         recipe = self._prepare(cell)
         for number in range(recipe.warmup_calls(self._header.profile.warmup)):
             self._bench.announce(f"warming up {self._label(cell)}")
-            self._decode(cell, WARM_UP - number, "warm-up", self._call_limits)
+            # What was compiled for this cell may be gone with the cells between.
+            limits = self._compile_limits if recipe.compiles and number == 0 else self._call_limits
+            self._decode(cell, WARM_UP - number, "warm-up", limits)
         samples: list[Sample] = []
         while not self._bench.run.has_enough(samples):
             self._bench.announce(f"timing {self._label(cell)}")
@@ -196,7 +211,6 @@ class _Launch:
         if all(sample.compilations for sample in samples):
             reason = "graphs were compiled inside every timed call"
             raise WorkerFailed(Failure(kind="invalid_output", phase="sample", reason=reason), alive=True)
-        self._read_resources(cell)
 
     def _sample(self, cell: Cell, index: int) -> Sample:
         end_watch = self._bench.watch(self._client.pid)
@@ -218,11 +232,9 @@ class _Launch:
         """Two whole calls in a fresh process: the peak is theirs alone."""
         recipe = self._prepare(cell)
         self._bench.announce(f"peak memory of {self._label(cell)}")
-        compiling = Limits(self._bench.deadlines.compile_s)
         for index in range(2):
-            limits = compiling if recipe.compiles and index == 0 else self._call_limits
+            limits = self._compile_limits if recipe.compiles and index == 0 else self._call_limits
             self._decode(cell, index, "memory", limits)
-        self._read_resources(cell)
 
     def _read_resources(self, cell: Cell) -> None:
         """What cannot be read stays unknown, and costs the cell nothing."""
@@ -232,7 +244,7 @@ class _Launch:
         except WorkerFailed as failed:
             if failed.alive:
                 return
-            raise _LaunchOver from failed
+            raise
         processes = tuple(without_prompt(name, self._bench.source) for name in resources.processes)
         resources = resources.model_copy(update={"processes": processes})
         process_bytes = self._bench.process_device_bytes(self._client.pid)
@@ -242,14 +254,26 @@ class _Launch:
             resources = resources.model_copy(update=seen)
         self._bench.record(Measured(launch=self._order.launch, cells=(cell,), resources=resources))
 
+    def _scratch(self) -> Path:
+        """One directory per load, so that no other candidate has filled its compiler's cache."""
+        folder = self._bench.scratch / self._load.load_key
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def _prepare(self, cell: Cell) -> Recipe:
         recipe = self._bench.recipes[cell]
         self._ask("prepare", recipe.model_dump(mode="json"), "prepare", Limits(self._bench.deadlines.load_s))
         return recipe
 
     @property
+    def _compile_limits(self) -> Limits:
+        return Limits(self._bench.deadlines.compile_s)
+
+    @property
     def _call_limits(self) -> Limits:
         deadlines = self._bench.deadlines
+        if not self._sees_tokens:
+            return Limits(deadlines.sample_s)
         return Limits(deadlines.sample_s, deadlines.first_token_s, deadlines.gap_s)
 
     def _decode(self, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
@@ -273,7 +297,7 @@ class _Launch:
         )
         return spec.model_dump(mode="json")
 
-    def _ask(self, operation: Any, arguments: dict[str, Any], phase: str, limits: Limits) -> tuple[float, Any]:
+    def _ask(self, operation: Operation, arguments: dict[str, Any], phase: str, limits: Limits) -> tuple[float, Any]:
         """Seconds that an operation took, and its value; unusable input found this late is a failure like any other."""
         started = time.perf_counter()
         try:
@@ -313,6 +337,14 @@ def _validated(kind: type[_Answer], value: Any, phase: str) -> _Answer:
     except ValidationError as error:
         failure = Failure(kind="invalid_output", phase=phase, reason=f"the adapter's answer is no {kind.__name__}")
         raise WorkerFailed(failure, alive=True) from error
+
+
+def held(device: str) -> Paused:
+    """What is to be told when a worker cannot be killed."""
+    return Paused(
+        f"a worker cannot be killed and may hold {device}: wait until it is gone, or restart the machine, "
+        "then go on with --resume"
+    )
 
 
 class _LaunchOver(Exception):

@@ -39,6 +39,12 @@ class Reply(Record):
     usage: bool = False
 
 
+class Started(Record):
+    """Answer to `start`."""
+
+    sees_tokens: bool = Field(description="whether beats tell how many tokens a call has delivered")
+
+
 class Beat(Record):
     """The worker is alive and busy."""
 

@@ -83,12 +83,19 @@ class WorkerProcess:
         environment: variables added to the parent's, set before the child imports anything.
         stop: looked at wherever this waits.
         grace_s: time the worker has to end by itself, to obey SIGTERM, and to be gone after SIGKILL.
+
+    Raises:
+        WorkerFailed: the system starts no process; on leaving, if the worker cannot be killed.
     """
 
     def __init__(self, environment: Mapping[str, str], *, stop: Stop | None = None, grace_s: float = 10.0) -> None:
         self._stop = stop or Stop()
         self._grace_s = grace_s
-        self._child = Child(environment, grace_s)
+        try:
+            self._child = Child(environment, grace_s)
+        except OSError as error:
+            reason = f"no process can be started ({error.strerror})"
+            raise WorkerFailed(Failure(kind="error", phase="start", reason=reason), alive=False) from error
 
     @property
     def pid(self) -> int:
@@ -106,6 +113,8 @@ class WorkerProcess:
         except _Overdue as overdue:
             raise self._ended(overdue.failure) from None
         except (EOFError, BrokenPipeError):
+            # Who ends a whole group, as schedulers do, ends this run and no candidate.
+            self._stop.check()
             raise self._end_of_process(phase) from None
         except BadMessage as error:
             raise self._ended(Failure(kind="no_output", phase=phase, reason=f"the worker sent {error}")) from None
@@ -143,8 +152,8 @@ class WorkerProcess:
             selector.register(descriptor, event)
             while True:
                 ended = self._child.has_ended()
+                # What is there is read, however late: it may be this process that was stopped meanwhile.
                 if selector.select(0 if ended else TICK_S):
-                    clock.check()
                     return
                 if ended:
                     raise EOFError
@@ -160,7 +169,7 @@ class WorkerProcess:
         if code >= 0:
             reason = f"the worker ended with exit code {code} and no answer"
             return self._ended(Failure(kind="no_output", phase=phase, reason=reason))
-        name = signal.Signals(-code).name
+        name = _signal_name(-code)
         if -code == signal.SIGKILL and self._child.was_killed_for_memory():
             reason = "the kernel's out-of-memory killer ended the worker"
             return self._ended(Failure(kind="oom_host", phase=phase, reason=reason))
@@ -186,10 +195,20 @@ class WorkerProcess:
             self._child.close_requests()
             if kind is None:
                 self._child.wait(self._grace_s)
-            self._child.end(at_once=kind is KeyboardInterrupt)
+            code = self._child.end(at_once=kind is KeyboardInterrupt)
         except KeyboardInterrupt:
             self._child.end(at_once=True)
             raise
+        if code is None and kind is None:
+            failure = Failure(kind="unkillable", phase="cleanup", reason="it did not end, and cannot be killed")
+            raise WorkerFailed(failure, alive=False)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
 
 
 class _Overdue(Exception):

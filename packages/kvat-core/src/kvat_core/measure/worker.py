@@ -1,6 +1,6 @@
 """The child process: one engine, one model, one request after the other.
 
-Requests and answers have pipes of their own, which nothing that the worker starts inherits; whatever
+Requests and answers have pipes of their own, which no program that the worker starts inherits; whatever
 the engine prints goes elsewhere, and whatever it reads is empty. While a request is carried out, a thread
 sends a heartbeat once a second.
 """
@@ -23,7 +23,7 @@ from kvat_core import discovery
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Prompt
 from kvat_core.errors import KvatError
 from kvat_core.measure import messages
-from kvat_core.measure.messages import Beat, PromptSpec, Reply, Request
+from kvat_core.measure.messages import Beat, PromptSpec, Reply, Request, Started
 from kvat_core.schema import ModelRef, Recipe
 
 BEAT_S = 1.0
@@ -57,6 +57,7 @@ class Worker:
                 self._engine = discovery.load_engine(arguments["engine"])
                 if arguments["scratch"] is not None:
                     self._adapter = self._engine.adapter(Path(arguments["scratch"]))
+                return Started(sees_tokens=self.beat().tokens is not None)
             case "probe":
                 return self.engine.probe(arguments["device"])
             case "describe":

@@ -51,9 +51,10 @@ def quota_cores() -> float | None:
 
 
 def oom_kills() -> int | None:
-    """How often the kernel has killed for lack of memory since it started; None where it does not tell."""
-    vmstat = Path("/proc/vmstat")
-    lines = vmstat.read_text().splitlines() if vmstat.is_file() else []
+    """How often the kernel has killed for lack of memory, in this control group if it tells; None where nobody does."""
+    files = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+    file = next((one for one in files if one.is_file()), None)
+    lines = file.read_text().splitlines() if file is not None else []
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 

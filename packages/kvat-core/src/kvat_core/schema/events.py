@@ -106,6 +106,11 @@ class Failed(Record):
     cell: Cell
     failure: Failure
 
+    @property
+    def phase_is_of_a_cell(self) -> bool:
+        """Whether the cell was at work: a failure to start or load is told to each cell of the launch."""
+        return self.failure.phase not in ("start", "load")
+
 
 class Measured(Record):
     """Peak memory: of one cell in a process of its own, or of all cells of a shared launch together."""

@@ -14,8 +14,8 @@ class RequestTiming(Record):
 
     prompt_tokens: int
     output_tokens: int
-    ttft_s: float = Field(description="request start to first token on the host; tokenisation apart")
-    e2e_s: float = Field(description="request start to last token on the host")
+    ttft_s: float = Field(description="request start to first token; tokenisation apart")
+    e2e_s: float = Field(description="request start to last token")
     token_gaps_s: tuple[float, ...] | None = Field(
         description="time between consecutive tokens, one fewer than output tokens; null where only totals are known"
     )
@@ -24,7 +24,9 @@ class RequestTiming(Record):
 class Timeline(Record):
     """One call as the adapter saw it."""
 
-    clock: Literal["host", "engine"]
+    clock: Literal["host", "device", "engine"] = Field(
+        description="whose: of the calling process, of the device by events in its queue, or the engine's own account"
+    )
     duration_s: float = Field(description="the whole call, on the same clock")
     requests: tuple[RequestTiming, ...]
     compilations: int = Field(default=0, ge=0, description="graphs compiled during the call")
@@ -36,7 +38,7 @@ class GpuConditions(Record):
     clock_mhz: int | None = Field(default=None, description="of the streaming multiprocessors, right after the call")
     temperature_c: int | None = None
     throttle_reasons: tuple[str, ...] = ()
-    foreign_processes: int | None = Field(default=None, description="others that compute on this card")
+    foreign_processes: int | None = Field(default=None, description="others that have a context on this card")
     energy_j: float | None = Field(default=None, description="that the whole card took during the call")
 
 

@@ -52,12 +52,12 @@ class Grid:
         Who has ended a process before has its next one for itself.
         """
         groups: dict[tuple[str, str], list[Cell]] = {}
-        forgiven = run.forgiven
+        suspects = run.suspects
         for candidate in run.live:
             for scenario in run.scenarios:
                 cell = Cell(candidate=candidate, scenario=scenario)
                 if run.original(cell) == cell and number not in run.complete_rounds(cell):
-                    alone = candidate if candidate in forgiven else ""
+                    alone = candidate if candidate in suspects else ""
                     groups.setdefault((self._load_keys[cell], alone), []).append(cell)
         order = random.Random(f"{self._seed}/{number}")
         ordered = [groups[key] for key in sorted(groups)]
@@ -66,6 +66,8 @@ class Grid:
             order.shuffle(cells)
         if number == 0:
             ordered.sort(key=lambda cells: all(cell.candidate != run.incumbent for cell in cells))
+            for cells in ordered[:1]:
+                cells.sort(key=lambda cell: cell.candidate != run.incumbent)
         return ordered
 
     def _unmeasured(self, run: Run) -> list[Cell]:
@@ -77,8 +79,4 @@ class Grid:
         wanted = run.live if scoring.memory_binds(run) else [name for name in run.live if name in finalists]
         largest = max(run.scenarios.values(), key=lambda scenario: scenario.total_tokens * scenario.batch_size).key
         cells = {run.original(Cell(candidate=name, scenario=largest)): None for name in wanted}
-        # A launch without an end was interrupted, and is tried again.
-        ended = {end.launch for end in run.ended}
-        memory = (order for order in run.launches if order.purpose == "memory" and order.launch in ended)
-        tried = {cell for order in memory for cell in order.cells}
-        return [cell for cell in cells if cell not in tried]
+        return [cell for cell in cells if cell not in run.memory_tried]
