@@ -187,3 +187,67 @@ def test_a_pause_before_any_figure_says_that_nothing_can_be_decided(tuned: Any, 
     with pytest.raises(Paused, match="nothing can be decided yet"):
         tuned(never)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}
+
+
+def test_the_candidate_on_which_a_machine_broke_is_not_to_blame(tuned: Any, tmp_path: Path) -> None:
+    broken = True
+
+    def breaks_in_the_first_round(worker: Saboteur, phase: str, _: Any) -> None:
+        # After the incumbent has its samples, and in the same process.
+        if broken and (phase == "health" or (phase == "warm-up" and worker.kernel == "eager")):
+            raise end("device_error", phase)
+
+    with_pause = tuned(breaks_in_the_first_round, out=tmp_path / "paused")
+    assert isinstance(with_pause.stopped, Paused)
+    assert "failed" not in states(with_pause.plan).values()
+    broken = False
+    assert set(states(tuned(breaks_in_the_first_round, out=tmp_path / "paused", resume=True).plan).values()) == {"ok"}
+
+
+def test_running_out_of_memory_is_no_fault_of_a_machine_that_breaks_later(tuned: Any, tmp_path: Path) -> None:
+    broken = True
+
+    def sabotage(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "warm-up" and (worker.kernel, worker.cache) == ("eager", "static"):
+            raise end("oom_device", phase)
+        if broken and worker.number > 3 and phase in ("warm-up", "health"):
+            raise end("device_error", phase)
+
+    tuned(sabotage, out=tmp_path / "paused")
+    broken = False
+    plan = tuned(sabotage, out=tmp_path / "paused", resume=True).plan
+    assert [label for label, state in states(plan).items() if state == "failed"] == ["cache=static kernel=eager"]
+
+
+def test_a_peak_that_a_broken_machine_cost_is_read_after_all(tuned: Any, tmp_path: Path) -> None:
+    broken = True
+
+    def sabotage(worker: Saboteur, phase: str, _: Any) -> None:
+        if broken and phase in ("memory", "health"):
+            raise end("device_error", phase)
+
+    paused = tuned(sabotage, out=tmp_path / "paused").plan
+    assert all(scenario.peak_host_bytes is None for one in paused.candidates for scenario in one.scenarios)
+    broken = False
+    plan = tuned(sabotage, out=tmp_path / "paused", resume=True).plan
+    assert plan.candidate(plan.winner.id).scenarios[0].peak_host_bytes is not None
+
+
+def test_after_one_kill_while_loading_candidates_go_on_sharing_their_process(tuned: Any, tmp_path: Path) -> None:
+    def once(worker: Saboteur, phase: str, _: Any) -> None:
+        if worker.number == 2 and phase == "load":
+            raise end("crash", phase)
+
+    assert set(states(tuned(once).plan).values()) == {"ok"}
+    timing = [order for order in journal(tmp_path).launches if order.purpose == "timing"]
+    assert len(timing) == 1 + 3
+
+
+def test_a_worker_that_is_left_at_its_end_pauses_the_run(tuned: Any) -> None:
+    def stuck(worker: Saboteur, phase: str, _: Any) -> None:
+        if worker.number == 3 and phase == "cleanup":
+            raise end("unkillable", phase)
+
+    result = tuned(stuck)
+    assert isinstance(result.stopped, Paused)
+    assert "failed" not in states(result.plan).values()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvat_core import TuneRequest, tune
+from kvat_core.errors import NothingFeasible
 from kvat_core.measure.conditions import SystemWatch, causes
 from kvat_core.planner import make_plan
 from kvat_core.probes import host
@@ -186,3 +187,35 @@ def test_energy_is_counted_per_token(make_run: MakeRun) -> None:
     # Three tokens come out.
     assert make_plan(again, REF).candidate("today").scenarios[0].energy_per_token_j == 2.0
     assert make_plan(run, REF).candidate("today").scenarios[0].energy_per_token_j is None
+
+
+def test_a_launch_that_was_cut_short_is_in_no_figure(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0], "other": [2.0]})
+    (sample, _) = run.samples
+    late = sample.model_copy(update={"round": 1, "launch": 9, "index": 0, "duration_s": 90.0})
+    two = run.header.profile.model_copy(update={"samples": 2})
+    again = Run(run.header.model_copy(update={"profile": two}))
+    for entry in run.candidates:
+        again.add(entry)
+    for index in range(2):
+        again.add(with_index(sample, index))
+    again.add(late)
+    cell = Cell(candidate="today", scenario=sample.scenario)
+    assert list(again.samples_of(cell)) == [0]
+    assert len(again.calls_of(cell)) == 3
+    (result,) = make_plan(again, REF).candidate("today").scenarios
+    assert result.e2e_s.n == 1
+
+
+def test_a_cell_whose_calls_all_compiled_has_no_complete_round(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0], "compiled": []})
+    sample = run.samples[0].model_copy(update={"candidate": "compiled"})
+    for index in range(2):
+        run.add(with_index(sample, index, compilations=1))
+    assert run.complete_rounds(Cell(candidate="compiled", scenario=sample.scenario)) == set()
+    assert make_plan(run, REF).candidate("compiled").state == "not_reached"
+
+
+def test_before_what_runs_today_is_measured_nothing_is_recommended(make_run: MakeRun) -> None:
+    with pytest.raises(NothingFeasible, match="what runs today has not been measured yet"):
+        make_plan(make_run({"today": [], "other": [0.5]}), REF)

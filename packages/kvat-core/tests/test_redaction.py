@@ -13,7 +13,7 @@ from kvat_core import TuneRequest, tune
 from kvat_core.engine import Probe
 from kvat_core.errors import Paused
 from kvat_core.fake import FakeEngine
-from kvat_core.measure.redaction import WITHHELD, anonymous, values_without_prompt, without_prompt
+from kvat_core.measure.redaction import WITHHELD, anonymous, published, without_prompt
 from kvat_core.schema import PromptSource
 
 
@@ -95,7 +95,7 @@ def test_values_that_repeat_the_prompt_are_withheld_and_still_differ(
     if not key:
         config.write_text("in the way")
     one, other = "please keep this letter", "to yourself: nobody else"
-    values = values_without_prompt({"seen": [one, {"slots": 4, other: None}], "cache": "static", one: True}, OWN)
+    values = published({"seen": [one, {"slots": 4, other: None}], "cache": "static", one: True}, OWN)
     assert "letter" not in (told := json.dumps(values))
     assert "yourself" not in told
     assert isinstance(values, dict)

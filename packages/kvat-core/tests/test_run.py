@@ -19,7 +19,7 @@ def view(run: Run) -> object:
     """Everything that a run derives from its records."""
     names = [entry.candidate.id for entry in run.candidates]
     return (
-        [run.live, run.failures, run.forgiven, run.own_memory],
+        [run.live, run.failures, run.forgiven, run.suspects, run.own_memory, run.memory_tried],
         [(run.original(cell(name)), run.alias_of(name), run.samples_of(cell(name))) for name in names],
         [(run.complete_rounds(cell(name)), run.rejected_share(name)) for name in names],
     )

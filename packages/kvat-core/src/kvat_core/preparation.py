@@ -15,6 +15,7 @@ from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.outputs import is_path
 from kvat_core.planner import public_model_id
@@ -248,5 +249,7 @@ def _candidates(
             if first != entry.candidate.label:
                 entry = entry.model_copy(update={"exclusion": f"has the same recipe as {first}"})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
+        else:
+            entry = entry.model_copy(update={"exclusion": anonymous(entry.exclusion)})
         distinct.append(entry)
     return distinct, recipes

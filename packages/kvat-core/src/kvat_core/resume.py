@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Cell, Header, Recipe, digest
 
 _VOLATILE = {"created", "probe_s", "notes", "request"}
@@ -24,17 +25,37 @@ def request_digest(header: Header, entries: Sequence[CandidateEntry], recipes: M
     return digest(decisive, 32)
 
 
-def difference(before: Header, now: Header) -> str | None:
-    """What keeps a run from being the continuation of another one, in words; None = nothing does."""
-    if before.request == now.request:
-        return _UNKNOWN_TEXT if now.profile.prompt.kind != "preset" and now.prompt_digest is None else None
-    old, new = (dict(_flat(header.model_dump(mode="json", exclude=_VOLATILE))) for header in (before, now))
+def difference(run: Run, header: Header, entries: Sequence[CandidateEntry]) -> str | None:
+    """What keeps a new start from being the continuation of a run, in words; None = nothing does.
+
+    Args:
+        run: the one in the journal.
+        header: of the new start.
+        entries: candidates of the new start.
+    """
+    if run.header.request == header.request:
+        return _UNKNOWN_TEXT if header.profile.prompt.kind != "preset" and header.prompt_digest is None else None
+    old, new = (dict(_flat(one.model_dump(mode="json", exclude=_VOLATILE))) for one in (run.header, header))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    if not names:
-        return "the candidates, or what is done for them, differ"
-    shown = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names[:_SHOWN]]
-    rest = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return "; ".join(shown + rest)
+    found = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names]
+    found = found or list(_changed_candidates(run.candidates, entries)) or ["what is done for the candidates differs"]
+    rest = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "; ".join(found[:_SHOWN] + rest)
+
+
+def _changed_candidates(before: Sequence[CandidateEntry], now: Sequence[CandidateEntry]) -> Iterator[str]:
+    """Candidates that were tried and are not any more, or the other way round: memory may be shorter now."""
+    known = {entry.candidate.id: entry for entry in before}
+    for entry in now:
+        old = known.get(entry.candidate.id)
+        if old is not None and (old.exclusion is None) != (entry.exclusion is None):
+            yield f"before, {entry.candidate.label} {_fate(old)}; now it {_fate(entry)}"
+        if old is not None and entry.incumbent and not old.incumbent:
+            yield f"what runs today is {entry.candidate.label} now"
+
+
+def _fate(entry: CandidateEntry) -> str:
+    return "is tried" if entry.exclusion is None else f"is excluded ({entry.exclusion})"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,7 @@ OF_THE_CANDIDATE = ("unsupported", "not_applied", "invalid_output", "oom_device"
 """Kinds of failure for which the machine is never to blame."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
-_DERIVED = ("live", "failures", "forgiven", "own_memory", "timing_failures", "memory_tried", "suspects", "_alike")
+_DERIVED = ("live", "failures", "forgiven", "own_memory", "timing_failures", "memory_tried", "_alike")
 """What is worked out once from all records but the samples, and anew after the next of those."""
 
 
@@ -188,7 +188,7 @@ class Run:
         orders = (order for order in self.launches if order.purpose == "memory" and order.launch in ended)
         return {cell for order in orders for cell in order.cells}
 
-    @cached_property
+    @property
     def suspects(self) -> set[str]:
         """Candidates that ended a process by a cell of theirs, and have had no sample since: the next one is theirs."""
         culprits = {

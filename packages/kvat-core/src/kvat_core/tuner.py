@@ -201,15 +201,15 @@ def _scratch() -> Iterator[Path]:
 
 def _resumed(path: Path, prepared: Preparation) -> tuple[Run, Journal]:
     try:
-        header = next(read_journal(path), None)
+        events = list(read_journal(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); mend that, then try again") from error
-    if not isinstance(header, Header):
+    if not events or not isinstance(events[0], Header):
         raise UsageError(f"{path} ends before anything was measured; start anew with --force instead of --resume")
-    if differs := resume.difference(header, prepared.header):
+    run = Run.from_events(events)
+    if differs := resume.difference(run, prepared.header, prepared.entries):
         raise UsageError(f"{path} cannot be resumed: {differs}; repeat the same command, or start anew with --force")
-    events, journal = continue_journal(path)
-    return Run.from_events(events), journal
+    return run, continue_journal(path)[1]
 
 
 @dataclass(frozen=True)

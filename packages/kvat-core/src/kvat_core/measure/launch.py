@@ -16,7 +16,7 @@ from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.conditions import Watch, causes
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import Operation, PromptSpec, Started
-from kvat_core.measure.redaction import anonymous, values_without_prompt, without_prompt
+from kvat_core.measure.redaction import anonymous, published, without_prompt
 from kvat_core.measure.supervisor import Client, WorkerFailed
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -177,7 +177,7 @@ class _Launch:
         if applied.mismatches:
             reason = "; ".join(applied.mismatches)
             raise WorkerFailed(Failure(kind="not_applied", phase="prove", reason=reason), alive=True)
-        values = values_without_prompt(applied.values, self._bench.source)
+        values = published(applied.values, self._bench.source)
         applied = Applied.model_validate({"values": values})
         self._bench.record(Proof(launch=self._order.launch, cell=cell, applied=applied))
 
@@ -245,7 +245,7 @@ class _Launch:
             if failed.alive:
                 return
             raise
-        processes = tuple(without_prompt(name, self._bench.source) for name in resources.processes)
+        processes = tuple(str(published(name, self._bench.source)) for name in resources.processes)
         resources = resources.model_copy(update={"processes": processes})
         process_bytes = self._bench.process_device_bytes(self._client.pid)
         if process_bytes is not None:

@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import PurePath
 
 from pydantic import JsonValue
@@ -15,7 +16,7 @@ from kvat_core import private
 from kvat_core.schema import PromptSource
 
 WITHHELD = "(withheld: it repeats the prompt)"
-RUN = 20
+COMMON = 20
 """Characters in a row that a text has in common with a prompt only if it repeats it."""
 
 _CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
@@ -36,7 +37,7 @@ def anonymous(text: str) -> str:
 
 
 def without_prompt(text: str, source: PromptSource) -> str:
-    """The text, or in its place `WITHHELD` if it repeats `RUN` characters of the user's own prompt.
+    """The text, or in its place `WITHHELD` if it repeats `COMMON` characters of the user's own prompt.
 
     Args:
         text: from an adapter that has seen the prompt.
@@ -45,16 +46,21 @@ def without_prompt(text: str, source: PromptSource) -> str:
     return WITHHELD if source.kind != "preset" and _repeats(text, source.value or "") else text
 
 
-def values_without_prompt(value: JsonValue, source: PromptSource) -> JsonValue:
-    """The same for every text in a JSON value; texts that differed still do, since equal ones make aliases."""
+def published(value: JsonValue, source: PromptSource) -> JsonValue:
+    """A JSON value of an adapter as it may be written down: each text without prompt, paths and names.
+
+    Texts that were withheld and differed still do, since equal ones make aliases.
+    """
     match value:
         case str() if without_prompt(value, source) != value:
             return f"{WITHHELD} {private.keyed_digest(value) or secrets.token_hex(32)}"
+        case str():
+            return anonymous(value)
         case list():
-            return [values_without_prompt(inner, source) for inner in value]
+            return [published(inner, source) for inner in value]
         case dict():
-            keys = (str(values_without_prompt(key, source)) for key in value)
-            return dict(zip(keys, (values_without_prompt(inner, source) for inner in value.values()), strict=True))
+            keys = (str(published(key, source)) for key in value)
+            return dict(zip(keys, (published(inner, source) for inner in value.values()), strict=True))
     return value
 
 
@@ -67,12 +73,19 @@ def _names() -> Iterator[str]:
 
 
 def _repeats(text: str, prompt: str) -> bool:
-    """Whether the two have a run in common, however spaced or escaped; a short prompt is repeated to a run."""
-    text, prompt = _plain(text), _plain(prompt)
-    prompt = " ".join([prompt] * (1 + RUN // max(1, len(prompt))))
-    shorter, longer = sorted((text, prompt), key=len)
-    runs = set(_runs(shorter))
-    return bool(runs) and any(run in runs for run in _runs(longer))
+    """Whether the two have a run in common, however spaced or escaped."""
+    text, prompt = _plain(text), _filling(prompt)
+    # Every run holds a block of half its length that starts at a multiple of it, and few texts share even such a block.
+    half = COMMON // 2
+    blocks = (text[start : start + half] for start in range(0, len(text) - half + 1, half))
+    return any(block in prompt for block in blocks) and any(run in prompt for run in _runs(text))
+
+
+@lru_cache(maxsize=1)
+def _filling(prompt: str) -> str:
+    """The prompt, a short one repeated as often as it takes to fill a run."""
+    plain = _plain(prompt)
+    return " ".join([plain] * (1 + COMMON // max(1, len(plain))))
 
 
 def _plain(text: str) -> str:
@@ -82,4 +95,4 @@ def _plain(text: str) -> str:
 
 
 def _runs(text: str) -> Iterator[str]:
-    return (text[start : start + RUN] for start in range(len(text) - RUN + 1))
+    return (text[start : start + COMMON] for start in range(len(text) - COMMON + 1))
