@@ -88,8 +88,10 @@ def test_an_interrupted_run_prints_a_partial_plan_and_is_completed_by_resume(
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert read_plan(tmp_path / "run" / "best_plan.json").partial
 
-    outcome = kvat(*words, "--resume", "--deadline", "first-token=3", "--quiet")
+    outcome = kvat(*words, "--resume", "--deadline", "first-token=3")
     assert (outcome.code, outcome.err) == (0, "")
+    # The launch that was cut off is no news.
+    assert outcome.out.startswith("launch 1 for ")
     plan = read_plan(tmp_path / "run" / "best_plan.json")
     assert not plan.partial
     assert [candidate.label for candidate in plan.candidates if candidate.state == "failed"] == [

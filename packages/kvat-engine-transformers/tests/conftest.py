@@ -37,7 +37,7 @@ def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @cache
 def _adapter(model_id: str, dtype: str, attn_backend: str) -> TransformersAdapter:
     adapter = TransformersAdapter()
-    extra = {"revision": None, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compiled_for": None}
     adapter.load_model(model_id, dtype, "cpu", attn_backend, extra)
     return adapter
 

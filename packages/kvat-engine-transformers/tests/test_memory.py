@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    MambaConfig,
+)
 
 from kvat_core.schema import PromptSource, Recipe, Scenario
 from kvat_engine_transformers import TransformersAdapter, builtin_path, memory
@@ -112,3 +119,14 @@ def test_a_peak_is_that_of_the_candidate_and_not_of_the_one_before(prepared: Pre
     # Eager attention computes the scores of all pairs of positions at once.
     assert long > 4 * 1500 * 1500 * 4
     assert short < long / 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Gemma4TextConfig(), FalconConfig(multi_query=True), Gemma3nTextConfig()],
+    ids=["sizes per layer", "one head by a rule of its own", "layers that share keys"],
+)
+def test_of_a_shape_that_does_not_tell_there_is_no_prediction(config: Any) -> None:
+    arguments = {"cache_implementation": "dynamic"}
+    size = {"prompt_tokens": 8, "output_tokens": 2, "batch_size": 1, "element_bytes": 4}
+    assert memory.predicted_cache_bytes(config, arguments, **size) is None

@@ -155,7 +155,7 @@ def test_a_tokenizer_that_cannot_be_loaded_costs_nothing_else(tmp_path: Path) ->
     (folder / "tokenizer.json").write_text("{")
     assert not describe(folder).has_tokenizer
     adapter = TransformersAdapter()
-    extra = {"revision": None, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compiled_for": None}
     adapter.load_model(str(folder), "float32", "cpu", "sdpa", extra)
     assert adapter.make_prompt(PromptSource(kind="text", value="words"), 20, 1, 1).shape == (1, 20)
 
@@ -163,14 +163,14 @@ def test_a_tokenizer_that_cannot_be_loaded_costs_nothing_else(tmp_path: Path) ->
 def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    extra = {"revision": None, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compiled_for": None}
     with pytest.raises(EngineError, match="weight files are damaged or incomplete; fetch them again"):
         TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
 def test_weights_of_another_config_say_what_to_do(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model", intermediate_size=96)
-    extra = {"revision": None, "threads": 1, "compile": "off"}
+    extra = {"revision": None, "threads": 1, "compiled_for": None}
     with pytest.raises(EngineError, match="the weights do not have the shapes"):
         TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 

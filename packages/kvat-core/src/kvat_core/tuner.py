@@ -144,6 +144,8 @@ def _measure(bench: Bench, stop: Stop, display: _Display) -> KvatError | None:
         while order := search.next(run):
             stop.check()
             display.launches_left = search.remaining(run)
+            # Before the order is on record, so that a display knows what is new.
+            display.show()
             carry_out(order, bench)
             breaker.after_launch()
     except Interrupted:

@@ -192,9 +192,12 @@ class CacheShape(NamedTuple):
 def cache_shape(config: PreTrainedConfig) -> CacheShape | None:
     """Layers, heads and windows, or None where they do not tell what is kept: no guess is made."""
     text = config.get_text_config(decoder=True)
-    kinds, kv_heads, head_dim = _attention_kinds(text), _kv_heads(text), _head_dim(text)
+    kinds = _attention_kinds(text)
     shares = getattr(text, "num_kv_shared_layers", None)  # the last layers use the keys of earlier ones
-    if kv_heads is None or head_dim is None or "other" in kinds or shares:
+    if "other" in kinds or shares:
+        return None
+    kv_heads, head_dim = _kv_heads(text), _head_dim(text)
+    if kv_heads is None or head_dim is None:
         return None
     window = _window(text)
     return CacheShape(tuple(window if kind == "sliding" else None for kind in kinds), kv_heads, head_dim)
