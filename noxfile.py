@@ -151,7 +151,8 @@ def types(session: nox.Session) -> None:
 def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> None:
     """Run one suite out of a shared environment."""
     session.run(
-        *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), folder(suite)),
+        *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), *selection(python)),
+        folder(suite),
         *session.posargs,
         external=True,
     )
@@ -160,6 +161,11 @@ def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> No
 def pytest_options(name: str) -> list[str]:
     """Options of pytest that are the same in every session."""
     return ["--hypothesis-profile=ci", f"--junitxml={RESULTS / name}.xml"]
+
+
+def selection(python: str) -> list[str]:
+    """Options of pytest that leave the slowest tests to one Python."""
+    return [] if python == TORCH_PYTHON else ["-m", "not slow"]
 
 
 def folder(suite: str) -> str:

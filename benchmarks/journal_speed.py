@@ -22,6 +22,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from _record import Bound, Record, at_least_one, option_parser
+from pydantic import JsonValue
 
 from kvat_core import Scenario
 from kvat_core.journal import continue_journal, create_journal, journal_sha256, read_journal
@@ -178,7 +179,7 @@ def invented_header(machine: Machine, rounds: int) -> Header:
         engine="invented",
         versions={"engine": "1.0"},
         target=Target(model=ModelRef(id="builtin:invented"), device="cpu", threads=1),
-        shape=ModelShape(architecture="invented", layers=LAYERS, attention=("full",) * LAYERS),
+        shape=ModelShape(architecture="invented", layers=LAYERS, attention=tuple("full" for _ in range(LAYERS))),
         machine=machine,
         profile=Profile(name="invented", scenarios=SCENARIOS, objective=objective, launches=rounds, samples=SAMPLES),
         space="full",
@@ -196,7 +197,7 @@ def invented_launch(rng: random.Random, launch: int, round_number: int, names: l
     yield LaunchOrder(launch=launch, round=round_number, purpose="timing", cells=cells)
     yield Loaded(launch=launch, start_s=rng.uniform(3, 4), load_s=rng.uniform(0.1, 0.2))
     for cell in cells:
-        layers = [f"StaticLayer[{cell.scenario}] float32 cpu"] * LAYERS
+        layers: list[JsonValue] = [f"StaticLayer[{cell.scenario}] float32 cpu"] * LAYERS
         yield Proof(launch=launch, cell=cell, applied=Applied(values={"cache": cell.candidate, "layers": layers}))
     for cell, scenario in zip(cells, SCENARIOS * len(names), strict=True):
         for index in range(SAMPLES):

@@ -28,12 +28,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _record import NOT_MEASURED, Bound, Record, at_least_one, option_parser
+from pydantic import JsonValue
 
 from kvat_core import Scenario, prompts
 from kvat_core.machine import read_machine
@@ -76,7 +78,7 @@ EXACT = (
     *product(("random:smollm2-135m",), ELEMENT_BYTES, ((48, 6, 1), (256, 6, 2))),
 )
 """Model, dtype, and prompt tokens, output tokens and batch size."""
-QUANTISED_OPTIONS = (
+QUANTISED_OPTIONS: tuple[dict[str, Any], ...] = (
     {"backend": "fp8"},
     {"backend": "quanto", "nbits": 4, "q_group_size": 64, "residual_length": 128},
     {"backend": "quanto", "nbits": 2, "q_group_size": 32, "residual_length": 16},
@@ -129,6 +131,7 @@ def main() -> int:
         "shapes": {model: asdict(shape) for model, shape in SHAPES.items()},
         "cache_bytes": exact,
         "quantised_cache_bytes": quantised,
+        "optimum_quanto": version("optimum-quanto") if len(quantised) == len(QUANTISED) else None,
         "peaks": peaks,
     }
     return record.close(read_machine("cpu", 1), bounds, values)
@@ -215,15 +218,16 @@ def quanto_bytes(shape: Shape, scenario: Scenario, options: Mapping[str, Any]) -
 
     What decoding adds stays float32 until there is enough of it, and is then packed with all else.
     """
-    unpacked = (scenario.output_tokens - 1) % options["residual_length"]
+    unpacked: int = (scenario.output_tokens - 1) % options["residual_length"]
     packed = (scenario.total_tokens - 1 - unpacked) * shape.numbers(scenario.batch_size)
-    groups = packed // options["q_group_size"]
-    return packed * options["nbits"] // 8 + groups * 2 * 4 + unpacked * shape.numbers(scenario.batch_size) * 4
+    groups: int = packed // options["q_group_size"]
+    nbits: int = options["nbits"]
+    return packed * nbits // 8 + groups * 2 * 4 + unpacked * shape.numbers(scenario.batch_size) * 4
 
 
 def can_quantise(options: dict[str, Any]) -> bool:
     """Whether the library for it is there."""
-    from transformers.utils import is_optimum_quanto_available
+    from transformers.utils.import_utils import is_optimum_quanto_available
 
     if options["backend"] != "quanto" or is_optimum_quanto_available():
         return True
@@ -288,8 +292,8 @@ def report(recipe: Recipe, scenario: Scenario) -> dict[str, int]:
         worker.call("load", dict(recipe.load), "load", PATIENT)
         worker.call("prepare", recipe.model_dump(mode="json"), "prepare", PATIENT)
         for nonce in range(2):
-            prompt = {"source": source, **shape, "nonce": nonce}
-            call = {"prompt": prompt, "max_new_tokens": scenario.output_tokens}
+            prompt: JsonValue = {"source": source, **shape, "nonce": nonce}
+            call: dict[str, JsonValue] = {"prompt": prompt, "max_new_tokens": scenario.output_tokens}
             worker.call("decode", call, "memory", PATIENT)
         resources = Resources.model_validate(worker.call("resources", {}, "resources", PATIENT))
     assert resources.ready_host_bytes is not None

@@ -272,7 +272,7 @@ class Bench:
 
 def decode_tps(call: Any) -> float:
     """Tokens per second of a call, the first one apart."""
-    return (len(call.token_s) - 1) / (call.token_s[-1] - call.token_s[0])
+    return float((len(call.token_s) - 1) / (call.token_s[-1] - call.token_s[0]))
 
 
 # Comparing

@@ -123,7 +123,7 @@ def decode_ratio(block: Block) -> float:
 
 def total_s(block: Block, kind: str, what: str) -> float:
     """Seconds of the calls of one kind."""
-    return sum(one[what] for one in block if one["kind"] == kind)
+    return float(sum(one[what] for one in block if one["kind"] == kind))
 
 
 def sentence(cache: str, metric: str, found: Ratio) -> str:
@@ -154,7 +154,7 @@ class Stopwatch:
     def tokens(self, prompt: Any, cache: str) -> list[int]:
         """What a whole call generates."""
         output = self.model.generate(**self._arguments(prompt, SCENARIO.output_tokens, cache))
-        return output[0, SCENARIO.prompt_tokens :].tolist()
+        return list(output[0, SCENARIO.prompt_tokens :].tolist())
 
     def call_s(self, prompt: Any, new_tokens: int, cache: str) -> float:
         """Seconds of a call."""
@@ -202,7 +202,7 @@ class Tool:
     def tokens(self, prompt: Any) -> list[int]:
         """What a call generates."""
         made = self._adapter.generate(prompt, SCENARIO.output_tokens)
-        return made.tokens[0, SCENARIO.prompt_tokens :].tolist()
+        return list(made.tokens[0, SCENARIO.prompt_tokens :].tolist())
 
     def times(self, prompt: Any) -> dict[str, float]:
         """What a timed call reports."""

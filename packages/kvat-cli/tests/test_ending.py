@@ -34,6 +34,8 @@ AT_A_TERMINAL = (
 
 DEAF = """
 import os, pathlib, signal, time
+
+pytestmark = pytest.mark.slow
 if "KVAT_WORKER" in os.environ:
     here = pathlib.Path({!r})
     signal.signal(signal.SIGTERM, lambda *_: (here / "asked").touch())

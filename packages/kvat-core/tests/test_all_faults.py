@@ -30,6 +30,8 @@ TUNE = f"""
 import resource, sys
 from kvat_core import TuneRequest, tune
 from kvat_core.measure.deadlines import Deadlines
+
+pytestmark = pytest.mark.slow
 deadlines = Deadlines.model_validate_json({DEADLINES.model_dump_json()!r})
 tune(TuneRequest(out=sys.argv[1], engine="faults", profile="ci-micro"), deadlines=deadlines)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -52,6 +52,8 @@ import json, subprocess
 from contextlib import suppress
 from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 disk, room = Path(sys.argv[1]), int(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
 ballast = disk / "ballast"

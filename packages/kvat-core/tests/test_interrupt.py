@@ -56,6 +56,8 @@ sys.exit(0 if result.stopped is None else result.stopped.exit_code)
 
 TELLS = """
 import pathlib, time
+
+pytestmark = pytest.mark.slow
 sleep = time.sleep
 time.sleep = lambda seconds: pathlib.Path("hangs").touch() or sleep(seconds)
 """

@@ -139,6 +139,7 @@ def files(out: Path) -> dict[str, bytes]:
 # The same plan ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", [FAILING, {"model": "fake-server:tiny"}], ids=["fake", "fake-server"])
 def test_stopped_at_any_moment_and_resumed_a_run_gives_the_plan_of_an_uninterrupted_one(
     command: MakeCommand, request_: dict[str, Any]
@@ -163,6 +164,7 @@ def test_stopped_again_and_again_a_run_still_comes_to_the_same_plan(command: Mak
     assert decided(read_plan(stopped.out / PLAN)) == decided(whole.plan)
 
 
+@pytest.mark.slow
 def test_killed_after_any_record_a_run_is_resumed_to_the_same_plan(command: MakeCommand) -> None:
     whole = command("whole", **FAILING)
     expected = decided(whole.run().plan)

@@ -26,6 +26,8 @@ from kvat_core.measure.messages import PromptSpec
 from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
 from kvat_core.schema import Failure, ModelRef, PromptSource, Scenario, Target, Timeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def worker() -> Iterator[WorkerProcess]:
