@@ -21,6 +21,8 @@ import pytest
 from kvat_cli.display import open_display
 from kvat_core import Progress, read_plan
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Any]
 FILES = {"journal.jsonl", "best_plan.json", "snippet.py", "report.md"}
 # One candidate of this model does not come back for an hour.
@@ -35,7 +37,6 @@ AT_A_TERMINAL = (
 DEAF = """
 import os, pathlib, signal, time
 
-pytestmark = pytest.mark.slow
 if "KVAT_WORKER" in os.environ:
     here = pathlib.Path({!r})
     signal.signal(signal.SIGTERM, lambda *_: (here / "asked").touch())

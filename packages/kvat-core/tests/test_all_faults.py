@@ -20,6 +20,8 @@ from kvat_core.measure.deadlines import Deadlines
 from kvat_core.run import Run
 from kvat_core.schema import CandidateResult, Failure, Plan, read_plan
 
+pytestmark = pytest.mark.slow
+
 ENGINE = Path(__file__).parent / "fault_engine" / "kvat_fault_engine.py"
 RUN = "KVAT_TEST_RUN"
 LIMIT_BYTES = 300 * 2**20
@@ -31,7 +33,6 @@ import resource, sys
 from kvat_core import TuneRequest, tune
 from kvat_core.measure.deadlines import Deadlines
 
-pytestmark = pytest.mark.slow
 deadlines = Deadlines.model_validate_json({DEADLINES.model_dump_json()!r})
 tune(TuneRequest(out=sys.argv[1], engine="faults", profile="ci-micro"), deadlines=deadlines)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -19,6 +19,8 @@ from kvat_core.errors import CannotWrite, UsageError
 from kvat_core.journal import read_journal
 from kvat_core.schema import Objective, Sample, Scenario
 
+pytestmark = pytest.mark.slow
+
 SMALL = Profile(
     name="small",
     scenarios=(Scenario(prompt_tokens=8, output_tokens=3),),
@@ -52,7 +54,6 @@ import json, subprocess
 from contextlib import suppress
 from pathlib import Path
 
-pytestmark = pytest.mark.slow
 
 disk, room = Path(sys.argv[1]), int(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)

@@ -25,6 +25,8 @@ from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import Stop, stop_on_signals
 from kvat_core.schema import LaunchEnd, Stopped
 
+pytestmark = pytest.mark.slow
+
 RUN = "KVAT_TEST_RUN"
 """Variable by which the processes of a test are told from all others."""
 AT_ONCE = 70
@@ -57,7 +59,6 @@ sys.exit(0 if result.stopped is None else result.stopped.exit_code)
 TELLS = """
 import pathlib, time
 
-pytestmark = pytest.mark.slow
 sleep = time.sleep
 time.sleep = lambda seconds: pathlib.Path("hangs").touch() or sleep(seconds)
 """
