@@ -157,8 +157,8 @@ class Engine(ABC):
         """A new heavy half; called only in a worker.
 
         Args:
-            scratch: directory that the workers of a run share, empty at its start and gone after its end, for caches
-                that must neither come from an earlier run nor outlive this one, such as those of a compiler.
+            scratch: directory that the workers of equal loads share, empty at the start of a run and gone after its
+                end, for caches that must neither come from elsewhere nor outlive the run, such as a compiler's.
         """
 
     def instrument(self) -> Sequence[str]:
