@@ -25,7 +25,7 @@ import multiprocessing
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
@@ -114,44 +114,11 @@ def main() -> int:
     with TemporaryDirectory() as scratch:
         blocks = Bench(prepared, Path(scratch)).rounds(groups, options.rounds)
     name = partial(cell_name, prepared)
-    differing = {what: find_differing(blocks, what) for what in ("applied", "tokens")}
-    floor = noise_floor(blocks)
-    margin = max(MIN_DIFFERENCE, 2 * floor)
-    compared = {pair: compare(blocks, pair, 1 - ALPHA / len(pairs)) for pair in pairs}
-    outside = [pair for pair in pairs if compared[pair].lies_outside(margin)]
-    for before, cell in outside:
-        print(f"{name(cell)} after {name(before)}: {compared[before, cell]}")
-    print(f"{len(pairs)} pairs, {options.rounds} rounds, noise floor {floor:.2%}")
-    bounds = [
-        Bound("processes whose read-back differs", len(differing["applied"]), "<=", 0),
-        Bound("processes whose tokens differ", len(differing["tokens"]), "<=", 0),
-        Bound(f"pairs out of {len(pairs)} whose decode rate differs", len(outside), "<=", 0),
-        Bound(
-            "largest slow-down that could hide in any pair",
-            max(one.unseen(margin) for one in compared.values()),
-            "<=",
-            MAX_UNSEEN,
-        ),
-    ]
-    values = {
-        "cells": [name(cell) for cells in groups for cell in cells],
-        "noise_floor": floor,
-        "margin": margin,
-        "level": 1 - ALPHA / len(pairs),
-        "differing": {what: [[name(one) for one in pair] for pair in found] for what, found in differing.items()},
-        "pairs": [
-            {"before": name(before), "cell": name(cell), **vars(compared[before, cell])} for before, cell in pairs
-        ],
-        "decode_tps": [
-            {
-                "cell": name(block.cell),
-                "alone": [one.decode_tps for one in block.alone],
-                "after": {name(before): one.decode_tps for before, one in block.after.items()},
-            }
-            for block in blocks
-        ],
-    }
-    return record.close(prepared.header.machine, bounds, values)
+    findings = Findings(blocks, pairs)
+    for pair in findings.outside:
+        print(f"{name(pair[1])} after {name(pair[0])}: {findings.compared[pair]}")
+    print(f"{len(pairs)} pairs, {options.rounds} rounds, noise floor {findings.noise_floor:.2%}")
+    return record.close(prepared.header.machine, findings.bounds(), findings.values(name))
 
 
 def look() -> Preparation:
@@ -276,6 +243,47 @@ def decode_tps(call: Any) -> float:
 
 
 # Comparing
+
+
+class Findings:
+    """What the blocks say of the pairs."""
+
+    def __init__(self, blocks: Sequence[Block], pairs: Sequence[Pair]) -> None:
+        self._blocks = blocks
+        self._level = 1 - ALPHA / len(pairs)
+        self.noise_floor = noise_floor(blocks)
+        self.margin = max(MIN_DIFFERENCE, 2 * self.noise_floor)
+        self.compared = {pair: compare(blocks, pair, self._level) for pair in pairs}
+        self.outside = [pair for pair, one in self.compared.items() if one.lies_outside(self.margin)]
+        self._differing = {what: find_differing(blocks, what) for what in ("applied", "tokens")}
+
+    def bounds(self) -> list[Bound]:
+        """What must hold."""
+        rates = f"pairs out of {len(self.compared)} whose decode rate differs"
+        hidden = max(one.unseen(self.margin) for one in self.compared.values())
+        return [
+            Bound("processes whose read-back differs", len(self._differing["applied"]), "<=", 0),
+            Bound("processes whose tokens differ", len(self._differing["tokens"]), "<=", 0),
+            Bound(rates, len(self.outside), "<=", 0),
+            Bound("largest slow-down that could hide in any pair", hidden, "<=", MAX_UNSEEN),
+        ]
+
+    def values(self, name: Callable[[Cell], str]) -> dict[str, Any]:
+        """Raw values and what follows from them, with the names of the cells."""
+        differing = {what: [list(map(name, cells)) for cells in found] for what, found in self._differing.items()}
+        pairs = [
+            {"before": name(before), "cell": name(cell), **vars(one)} for (before, cell), one in self.compared.items()
+        ]
+        rates = [
+            {
+                "cell": name(block.cell),
+                "alone": [one.decode_tps for one in block.alone],
+                "after": {name(before): one.decode_tps for before, one in block.after.items()},
+            }
+            for block in self._blocks
+        ]
+        noise = {"noise_floor": self.noise_floor, "margin": self.margin, "level": self._level}
+        return {**noise, "differing": differing, "pairs": pairs, "decode_tps": rates}
 
 
 def find_differing(blocks: Sequence[Block], what: str) -> list[tuple[Cell, ...]]:
