@@ -94,7 +94,7 @@ def test_bad_input_in_a_process_of_its_own(kvat_process: Run) -> None:
             "kvat: error: internal error (ZeroDivisionError); repeat with --debug for the traceback\n",
         ),
         (Interrupted("interrupted; go on with --resume"), 130, "kvat: error: interrupted; go on with --resume\n"),
-        (KeyboardInterrupt(), 130, "kvat: interrupted at once; what had been measured is in the journal\n"),
+        (KeyboardInterrupt(), 130, "kvat: error: interrupted; if a run had begun, go on with --resume\n"),
     ],
 )
 def test_what_escapes_becomes_one_line(

@@ -126,7 +126,7 @@ def test_the_second_interrupt_waits_for_nobody(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "kvat: interrupted at once; what had been measured is in the journal\n"
+    assert err == "kvat: error: interrupted; if a run had begun, go on with --resume\n"
     assert not worker.is_running()
 
 

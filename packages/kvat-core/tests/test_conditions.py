@@ -56,13 +56,13 @@ def test_what_is_only_recorded_rejects_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"steal_share": 0.06}, "its host took 6% of the machine's CPU time"),
-        ({"waiting_share": 0.34}, "the worker waited for a free core for 34% of its time"),
-        ({"memory_pressure": 0.5}, "memory was short for 50% of the time"),
-        ({"major_faults": 11}, "11 pages of the worker came from a disk"),
+        ({"steal_share": 0.06}, "its host took CPU time away (6% of the machine's)"),
+        ({"waiting_share": 0.34}, "the worker waited for a free core (34% of its time)"),
+        ({"memory_pressure": 0.5}, "memory was short (50% of the time)"),
+        ({"major_faults": 11}, "pages of the worker came from a disk (11)"),
         (gpu(throttle_reasons=("hardware slowdown",)), "the card reports hardware slowdown"),
-        (gpu(foreign_processes=2), "2 other processes held a context on the card"),
-        (gpu(clock_mhz=1100), "the card ran at 1100 MHz, after 1600 MHz before"),
+        (gpu(foreign_processes=2), "other processes held a context on the card (2)"),
+        (gpu(clock_mhz=1100), "the card ran slower than before (1100 of 1600 MHz)"),
     ],
 )
 def test_each_cause_is_named_with_its_figure(changes: dict[str, Any], cause: str) -> None:
@@ -131,11 +131,11 @@ def test_where_everything_is_disturbed_there_is_a_plan_that_says_so(tmp_path: Pa
     assert plan.confidence.level == "low"
     assert all(candidate.unstable for candidate in plan.candidates if candidate.scenarios)
     (note,) = [note for note in plan.notes if "rejected" in note]
-    assert "the worker waited for a free core for … of its time: stop other work, or use fewer --threads" in note
+    assert "the worker waited for a free core: stop other work, or use fewer --threads" in note
 
 
 def with_index(sample: Sample, index: int, *, compilations: int = 0) -> Sample:
-    distrust = ("1 graphs were compiled",) if compilations else ()
+    distrust = ("graphs were compiled (1)",) if compilations else ()
     return sample.model_copy(update={"index": index, "compilations": compilations, "distrust": distrust})
 
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell(traceback.format_exc().rstrip())
         return _explain(error)
     if code == INTERRUPTED:
-        _tell("kvat: interrupted at once; what had been measured is in the journal")
+        _tell("kvat: error: interrupted; if a run had begun, go on with --resume")
     return int(code)
 
 

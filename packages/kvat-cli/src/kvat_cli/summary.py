@@ -21,9 +21,14 @@ def print_summary(result: TuneResult, model: str | None) -> None:
     """Decision, figures, settings, files, next steps and time."""
     plan = result.plan
     print(decision(plan))
+    print(
+        f"Confidence: {plan.confidence.level}. Noise floor of this run: {numbers.percent(plan.confidence.noise_floor)}."
+    )
     if plan.ratio is not None and plan.winner.id != plan.incumbent.id:
         _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
     _print_block("Settings:", _settings(plan))
+    if failed := [(one.label, f"{one.failure.kind}: {one.failure.reason}") for one in plan.candidates if one.failure]:
+        _print_block("Failed:", [tuple(map(one_line, row)) for row in failed])
     if plan.notes:
         _print_block("Notes:", [(note,) for note in plan.notes])
     _print_block("Files:", [(str(path),) for path in result.files])
@@ -63,7 +68,9 @@ def _next(result: TuneResult, model: str | None) -> list[tuple[str, str]]:
     snippet, plan = (shlex.quote(str(result.out / name)) for name in (SNIPPET, PLAN))
     scheme, local, _ = result.plan.model.id.partition("./")
     where = [shlex.quote(model.removeprefix(scheme))] if local and model else []
+    unfinished = [("the same command with --resume", "measure what is missing")] if result.plan.partial else []
     return [
+        *unfinished,
         (" ".join(["python", snippet, *where]), "measure the winner again"),
         (f"kvat apply --plan {plan} --write FILE", "write the code that runs it"),
     ]

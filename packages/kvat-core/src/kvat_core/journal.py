@@ -124,7 +124,7 @@ def read_journal(path: Path) -> Iterator[Event]:
                 yield _decode(number, line)
             except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
                 raise JournalDamaged(
-                    f"{path}: line {number + 1} is damaged ({type(error).__name__}); nothing was read from there on "
+                    f"{path}: line {number + 1} is damaged; nothing was read from there on "
                     "and nothing was changed: restore the file, or start anew with --force"
                 ) from error
 

@@ -37,6 +37,8 @@ RANDOM_WEIGHTS_NOTE = (
     "the weights are random: speed and memory are representative of the architecture, output and fidelity are not, "
     "nor is the load time"
 )
+_NAMED = 3
+"""Candidates that a note names; more are counted."""
 PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); go on with --resume"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
@@ -135,16 +137,21 @@ def _unstable_notes(run: Run) -> list[str]:
         return []
     (cause, count), *_ = causes.most_common(1)
     rejected = sum(bool(sample.distrust) for sample in run.samples)
-    advice = "stop other work, or use fewer --threads" if "free core" in cause else "see kvat doctor"
+    fewer = ", or use fewer --threads" if "free core" in cause and (run.header.target.threads or 2) > 1 else ""
     return [
-        f"{rejected} of {len(run.samples)} timed calls were rejected, {count} of them because {cause}: {advice}; "
-        f"unstable are the figures of {', '.join(entry.candidate.label for entry in unstable)}"
+        f"{rejected} of {len(run.samples)} timed calls were rejected, {count} of them because {cause}: stop other work"
+        f"{fewer}, and see kvat doctor; unstable are the figures of "
+        + _few([entry.candidate.label for entry in unstable])
     ]
 
 
 def _kind(cause: str) -> str:
     """A cause without its figures."""
-    return " ".join("…" if any(letter.isdigit() for letter in word) else word for word in cause.split())
+    return cause.partition(" (")[0]
+
+
+def _few(labels: list[str]) -> str:
+    return ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
 
 
 def _winner_metrics(run: Run, winner: str) -> WinnerMetrics:

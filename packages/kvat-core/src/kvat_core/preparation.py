@@ -38,6 +38,10 @@ DEFAULT_PROFILE_NOTE = (
     f"no profile was named, so {DEFAULT_PROFILE} was measured, a quick smoke test: name the --profile of your traffic "
     "before you rely on the result"
 )
+NO_KEY_NOTE = (
+    "the key by which the prompts would be known again cannot be kept in the configuration directory, so this run "
+    "cannot be resumed"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,9 @@ def prepare(
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     if source.kind != "preset":
-        header = header.model_copy(update={"prompt_digest": private.keyed_digest(source.value or "")})
+        known_by = private.keyed_digest(source.value or "")
+        unknown = () if known_by else (NO_KEY_NOTE,)
+        header = header.model_copy(update={"prompt_digest": known_by, "notes": (*header.notes, *unknown)})
     header = header.model_copy(update={"request": resume.request_digest(header, entries, recipes)})
     return Preparation(out, header, tuple(entries), recipes, source, probe.device_uuid)
 

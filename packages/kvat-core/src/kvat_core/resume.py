@@ -12,6 +12,7 @@ _VOLATILE = {"created", "probe_s", "notes", "request"}
 """Fields of a header that may differ between two starts of the same run."""
 _SHOWN = 4
 """Differences that are named; more are counted."""
+_TEXT = "the text of the prompts differs, or the key that it is known by was lost"
 _UNKNOWN_TEXT = "whether the prompt text is the same cannot be told, because the key that tells could not be kept"
 
 
@@ -37,10 +38,22 @@ def difference(run: Run, header: Header, entries: Sequence[CandidateEntry]) -> s
         return _UNKNOWN_TEXT if header.profile.prompt.kind != "preset" and header.prompt_digest is None else None
     old, new = (dict(_flat(one.model_dump(mode="json", exclude=_VOLATILE))) for one in (run.header, header))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    found = [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names]
+    found = [
+        _TEXT if name == "prompt_digest" else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in _decisive(names)
+    ]
     found = found or list(_changed_candidates(run.candidates, entries)) or ["what is done for the candidates differs"]
     rest = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     return "; ".join(found[:_SHOWN] + rest)
+
+
+def _decisive(names: Sequence[str]) -> list[str]:
+    """Without what differs only because the engine, or the profile as a whole, is another one."""
+    if "engine" in names:
+        return ["engine"]
+    if "profile.name" in names:
+        return [name for name in names if name == "profile.name" or not name.startswith("profile.")]
+    return list(names)
 
 
 def _changed_candidates(before: Sequence[CandidateEntry], now: Sequence[CandidateEntry]) -> Iterator[str]:

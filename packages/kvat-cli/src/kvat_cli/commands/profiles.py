@@ -26,7 +26,7 @@ def profiles(
         print(load_profile(name).model_dump_json(indent=2))
         return
     rows = [_row(profile) for profile in presets().values()]
-    print(columns([("NAME", "SCENARIOS (SHARE)", "SCORE WEIGHS", "DESCRIPTION"), *rows]))
+    print(columns([("NAME", "SCENARIOS (SHARE)", "SCORE WEIGHTS", "DESCRIPTION"), *rows]))
 
 
 def _row(profile: Profile) -> tuple[str, str, str, str]:

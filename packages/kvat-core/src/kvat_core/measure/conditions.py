@@ -73,13 +73,13 @@ def causes(conditions: Conditions, fastest_clock_mhz: int | None) -> tuple[str, 
     if conditions.window_s < MIN_WINDOW_S:
         return ()
     shares = (
-        ("its host took {} of the machine's CPU time", conditions.steal_share, MAX_STEAL),
-        ("the worker waited for a free core for {} of its time", conditions.waiting_share, MAX_WAITING),
-        ("memory was short for {} of the time", conditions.memory_pressure, MAX_PRESSURE),
+        ("its host took CPU time away ({} of the machine's)", conditions.steal_share, MAX_STEAL),
+        ("the worker waited for a free core ({} of its time)", conditions.waiting_share, MAX_WAITING),
+        ("memory was short ({} of the time)", conditions.memory_pressure, MAX_PRESSURE),
     )
     found = [text.format(f"{share:.0%}") for text, share, limit in shares if share is not None and share > limit]
     if (conditions.major_faults or 0) > MAX_MAJOR_FAULTS:
-        found.append(f"{conditions.major_faults} pages of the worker came from a disk")
+        found.append(f"pages of the worker came from a disk ({conditions.major_faults})")
     return (*found, *_gpu_causes(conditions.gpu, fastest_clock_mhz))
 
 
@@ -88,9 +88,9 @@ def _gpu_causes(card: GpuConditions | None, fastest_clock_mhz: int | None) -> tu
         return ()
     found = [f"the card reports {reason}" for reason in card.throttle_reasons if reason in HELD_BACK]
     if card.foreign_processes:
-        found.append(f"{card.foreign_processes} other processes held a context on the card")
+        found.append(f"other processes held a context on the card ({card.foreign_processes})")
     if card.clock_mhz is not None and fastest_clock_mhz and card.clock_mhz < MIN_CLOCK * fastest_clock_mhz:
-        found.append(f"the card ran at {card.clock_mhz} MHz, after {fastest_clock_mhz} MHz before")
+        found.append(f"the card ran slower than before ({card.clock_mhz} of {fastest_clock_mhz} MHz)")
     return tuple(found)
 
 

@@ -216,7 +216,7 @@ class _Launch:
         end_watch = self._bench.watch(self._client.pid)
         timeline = self._decode(cell, index, "sample", self._call_limits)
         conditions = end_watch()
-        compiled = (f"{timeline.compilations} graphs were compiled",) if timeline.compilations else ()
+        compiled = (f"graphs were compiled ({timeline.compilations})",) if timeline.compilations else ()
         return Sample(
             **timeline.model_dump(),
             launch=self._order.launch,
