@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def option_parser(description: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result there as JSON")
     return parser
+
+
+def add_random_trials(parser: ArgumentParser) -> None:
+    """The options of a benchmark that tries random faults, several at once, since it measures no time."""
+    parser.add_argument("--jobs", type=at_least_one, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
 def at_least_one(text: str) -> int:

@@ -11,7 +11,6 @@ else is a violation. With --every N only one offset in N is tried.
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -25,7 +24,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Literal
 
-from _record import Bound, Record, at_least_one, option_parser
+from _record import Bound, Record, add_random_trials, at_least_one, option_parser
 from pydantic import JsonValue
 from typing_extensions import Self
 
@@ -101,8 +100,7 @@ class InProcessWorker:
 def main() -> int:
     parser = option_parser(__doc__)
     parser.add_argument("--every", type=at_least_one, default=1, metavar="N")
-    parser.add_argument("--jobs", type=at_least_one, default=len(os.sched_getaffinity(0)), metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    add_random_trials(parser)
     options = parser.parse_args()
     record = Record(options)
     started = time.perf_counter()

@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import psutil
-from _record import Bound, Record, at_least_one, kvat_command, option_parser, tune
+from _record import Bound, Record, add_random_trials, at_least_one, kvat_command, option_parser, tune
 
 from kvat_core import Plan, read_plan
 from kvat_core.errors import UsageError
@@ -85,8 +85,7 @@ class Tuned:
 def main() -> int:
     parser = option_parser(__doc__)
     parser.add_argument("--kills", type=at_least_one, default=200, metavar="N")
-    parser.add_argument("--jobs", type=at_least_one, default=len(os.sched_getaffinity(0)), metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    add_random_trials(parser)
     options = parser.parse_args()
     record = Record(options)
     started = time.perf_counter()
