@@ -1,6 +1,6 @@
 """Is a candidate measured after another one in the same process what it is alone?
 
-    python benchmarks/no_state_travels.py [--rounds 7] [--out FILE]
+    python benchmarks/no_state_travels.py [--rounds 10] [--out FILE]
 
 Takes every cell (candidate and scenario) of the safe space of the built-in Llama on the CPU, in two scenarios of
 different length, and every ordered pair (Y, X) of cells that may share a launch. X after Y must be X alone: the
@@ -103,7 +103,7 @@ class Comparison:
 
 def main() -> int:
     parser = option_parser(__doc__)
-    parser.add_argument("--rounds", type=at_least_one, default=7, metavar="N")
+    parser.add_argument("--rounds", type=at_least_one, default=10, metavar="N")
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("an interval needs two rounds")
