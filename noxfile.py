@@ -38,6 +38,8 @@ EXAMPLE = "examples/kvat-engine-minimal"
 
 TORCH_PYTHON = "3.11"
 PINNED = ("-c", "constraints.txt")
+AS_USERS_HAVE_IT = {"PYTHONUNBUFFERED": None, "PYTHONDONTWRITEBYTECODE": None}
+"""What build machines set and users do not: it hides output that nobody takes, and slows every import."""
 
 
 def supported_pythons() -> list[str]:
@@ -155,6 +157,7 @@ def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> No
         *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), *selection(python)),
         folder(suite),
         *session.posargs,
+        env=AS_USERS_HAVE_IT,
         external=True,
     )
 
@@ -205,7 +208,7 @@ def example(session: nox.Session) -> None:
     """Run the tests of the example adapter, which needs no package but kvat-core."""
     session.install(*PINNED, *group("build"))
     session.install(*PINNED, *group("test"), *editable(source("kvat-core"), EXAMPLE))
-    session.run("pytest", *pytest_options(session.name), f"{EXAMPLE}/tests")
+    session.run("pytest", *pytest_options(session.name), f"{EXAMPLE}/tests", env=AS_USERS_HAVE_IT)
 
 
 @nox.session(python=TORCH_PYTHON)
@@ -217,7 +220,8 @@ def minimums(session: nox.Session) -> None:
     session.install(*group("test", "layers", "quantised"), *pins, *editable(*map(source, PACKAGES)))
     warn_only = ("-W", "default")  # what old versions say of new ones is not ours to mend
     suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
-    session.run("pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs)
+    command = ["pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs]
+    session.run(*command, env=AS_USERS_HAVE_IT)
 
 
 def lowest_versions(package: str) -> Iterator[str]:
@@ -279,7 +283,7 @@ def bench(session: nox.Session) -> None:
     for script in sorted(Path("benchmarks").glob("[!_]*.py")):
         result = f"benchmarks/results/{script.stem}.json"
         try:
-            session.run(program("python"), str(script), "--out", result, external=True)
+            session.run(program("python"), str(script), "--out", result, env=AS_USERS_HAVE_IT, external=True)
         except CommandFailed:
             missed.append(script.name)
     if missed:

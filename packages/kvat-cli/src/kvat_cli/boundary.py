@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from kvat_cli.app import app
+from kvat_cli.streams import let_go, suppress_lost_terminal
 from kvat_report.text import one_line
 
 INTERNAL_ERROR = 70
@@ -30,14 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"] or ["--help"]
     _never_fail_to_encode()
     try:
+        return _run(words, debug)
+    finally:
+        let_go()
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
         code = app(words, prog_name="kvat", standalone_mode=False) or 0
-        sys.stdout.flush()
+        with suppress_lost_terminal():
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     # The reader of standard output went away; typer turns that into an exit with code 1, which means something else.
     except (BrokenPipeError, SystemExit):
-        # Else the interpreter would complain about the same pipe once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except Exception as error:
         if debug:

@@ -52,8 +52,9 @@ def tune(
 
     DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
     """
-    from kvat_cli.display import open_display, suppress_lost_terminal
+    from kvat_cli.display import open_display
     from kvat_cli.options import deadlines, pairs, settings, whole_numbers
+    from kvat_cli.streams import suppress_lost_terminal
     from kvat_cli.summary import print_summary, print_warnings
     from kvat_core import tuner
     from kvat_core.errors import UsageError

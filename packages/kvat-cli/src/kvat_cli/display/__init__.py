@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from kvat_cli.display._plain import PlainLines
@@ -14,16 +13,6 @@ if TYPE_CHECKING:
     from kvat_core.tuner import Progress
 
 OnProgress = Callable[["Progress"], None]
-
-
-@contextmanager
-def suppress_lost_terminal() -> Iterator[None]:
-    """Do without what cannot be shown; a pipe whose reader went away is still told to the caller."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
 
 
 def open_display(*, silent: bool) -> AbstractContextManager[OnProgress | None]:
