@@ -416,6 +416,8 @@ def test_a_second_writer_is_refused(command: MakeCommand, monkeypatch: pytest.Mo
         before = files(stopped.out)
         with pytest.raises(UsageError, match=f"process {pid} is writing into .*; wait for its end"):
             stopped.resume()
+        with pytest.raises(UsageError, match=f"process {pid} is writing into"):
+            stopped.run()
         assert files(stopped.out) == before
     assert stopped.resume().stopped is None
     assert not (stopped.out / LOCK).exists()

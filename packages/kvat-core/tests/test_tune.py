@@ -257,8 +257,24 @@ def test_an_engine_that_cannot_be_asked_says_why(
         raise RuntimeError("the driver is\nnot loaded")
 
     monkeypatch.setattr(FakeEngine, "probe", broken)
-    with pytest.raises(UsageError, match=r"probe: error, builtins.RuntimeError: the driver is not loaded"):
+    with pytest.raises(UsageError, match=r"probe: error, builtins.RuntimeError: the driver is not loaded\); mend its "):
         tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker)
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [("timeout", "with --deadline"), ("oom_host", "a smaller --model"), ("crash", "mend its installation")],
+)
+def test_an_end_while_the_machine_is_looked_at_says_what_to_do(
+    out: Path, in_process_worker: Any, kind: Any, advice: str
+) -> None:
+    class Ending(in_process_worker):
+        def call(self, asked: Any, arguments: Any, phase: str, limits: Any) -> Any:
+            raise WorkerFailed(Failure(kind=kind, phase=phase, reason="it ended"), alive=False)
+
+    with pytest.raises(UsageError, match=f"start: {kind}, it ended.*{advice}"):
+        tune(TuneRequest(out=out, model="fake:tiny"), open_worker=Ending)
+    assert not out.exists()
 
 
 def test_an_engine_without_a_demonstration_needs_a_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

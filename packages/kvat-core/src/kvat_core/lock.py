@@ -13,6 +13,7 @@ from typing import BinaryIO
 import psutil
 from pydantic import ValidationError
 
+from kvat_core import outputs
 from kvat_core.errors import CannotWrite, UsageError
 from kvat_core.schema import Record, digest
 
@@ -48,7 +49,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def refuse_if_held(path: Path) -> None:
     """Raise `UsageError` if a living process holds the lock file `path`."""
-    if path.exists():
+    if outputs.is_path(str(path)):
         with locked(path):
             pass
 

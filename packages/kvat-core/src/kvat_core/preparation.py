@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from kvat_core import discovery, machine, outputs, private, profiles, prompts, resume, space
+from kvat_core import discovery, lock, machine, outputs, private, profiles, prompts, resume, space
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
@@ -42,6 +42,11 @@ NO_KEY_NOTE = (
     "the key by which the prompts would be known again cannot be kept in the configuration directory, so this run "
     "cannot be resumed"
 )
+_ADVICE = {
+    "timeout": "stop other work, or allow it more time with --deadline",
+    "oom_host": "close other programs, or name a smaller --model",
+}
+"""What to do when the child that looks at the machine fails; by kind of failure."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def prepare(
     profile = _profile(request)
     source = prompts.resolve(profile.prompt)
     out = Path(request.out or _default_out(engine, model.id, profile.name))
+    lock.refuse_if_held(out / outputs.LOCK)
     outputs.check_out(out, force=request.force, resume=request.resume)
     fetching = ", and fetching what is missing" if request.allow_download else ""
     announce(f"looking at the machine and the model{fetching}")
@@ -195,7 +201,7 @@ def _ask_child(
         failure = failed.failure
         raise UsageError(
             f"engine {engine.name} cannot look at this machine and model ({failure.phase}: {failure.kind}, "
-            f"{failure.reason}); mend its installation or name another --model"
+            f"{failure.reason}); {_ADVICE.get(failure.kind, 'mend its installation, or name another --model')}"
         ) from failed
     except Interrupted as stopped:
         raise Interrupted("interrupted before measuring began; nothing was changed") from stopped
