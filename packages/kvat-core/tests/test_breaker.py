@@ -179,6 +179,26 @@ def test_a_worker_that_cannot_be_killed_pauses_the_run_at_once(tuned: Any) -> No
     assert "cannot be killed and may hold cpu" in str(result.stopped)
 
 
+def test_a_run_pauses_when_no_more_process_can_be_started(tmp_path: Path, in_process_worker: Any) -> None:
+    opened: list[Any] = []
+
+    def open_worker(environment: Mapping[str, str]) -> Any:
+        assert len(opened) < 20, "it tries for ever"
+        opened.append(environment)
+        if len(opened) > 3:
+            raise end("error", "start")
+        return in_process_worker(environment)
+
+    request = TuneRequest(out=tmp_path / "out", model="fake:tiny", profile="ci-micro")
+    stopped = tune(request, open_worker=open_worker, watch=calm).stopped
+    assert isinstance(stopped, Paused)
+    assert "error: sabotage" in str(stopped)
+    resumed = TuneRequest(out=tmp_path / "out", model="fake:tiny", profile="ci-micro", resume=True)
+    plan = tune(resumed, open_worker=in_process_worker, watch=calm).plan
+    assert not plan.partial
+    assert not [one for one in plan.candidates if one.failure]
+
+
 def test_a_pause_before_any_figure_says_that_nothing_can_be_decided(tuned: Any, tmp_path: Path) -> None:
     def never(worker: Saboteur, phase: str, _: Any) -> None:
         if phase in ("warm-up", "health"):

@@ -19,7 +19,7 @@ import pytest
 
 from kvat_core.errors import Interrupted, UsageError
 from kvat_core.fake import FakeEngine
-from kvat_core.measure.child import MARK
+from kvat_core.measure.child import MARK, Child
 from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.messages import PromptSpec
@@ -346,6 +346,18 @@ def test_what_cannot_be_killed_is_said_to_be_so(scripted: Scripted, monkeypatch:
     assert (caught.value.failure.kind, caught.value.alive) == ("unkillable", False)
     assert caught.value.failure.reason == "no answer in 1 s; and it cannot be killed"
     assert not process.is_running()
+
+
+def test_what_cannot_be_killed_is_said_to_be_so_after_a_failure_of_another_kind(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scripted(FOREVER) as worker, monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda *_: None)
+        patch.setattr(Child, "close_requests", lambda _: None)
+        with pytest.raises(WorkerFailed) as caught, worker:
+            raise ValueError("of the launch")
+        assert psutil.pid_exists(worker.pid)
+    assert caught.value.failure.kind == "unkillable"
 
 
 def test_a_prompt_that_nobody_reads_ends_by_its_deadline(scripted: Scripted) -> None:

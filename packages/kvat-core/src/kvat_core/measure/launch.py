@@ -113,9 +113,11 @@ class _Launch:
         except _LaunchOver:
             return
         except WorkerFailed as failed:
-            # It befell what no cell depends on: the end of the worker. A device that is held concerns all.
+            # A device that is held concerns all; the end of a worker that has done its work concerns no cell.
             if failed.failure.kind == "unkillable":
                 raise held(self._header.target.device) from failed
+            if failed.failure.phase == "start":
+                self._fail_all(failed.failure)
 
     def _load_model(self) -> bool:
         deadlines = self._bench.deadlines
@@ -127,8 +129,7 @@ class _Launch:
             self._bench.announce("loading the model")
             load_s, _ = self._ask("load", dict(self._load.load), "load", Limits(deadlines.load_s))
         except WorkerFailed as failed:
-            for cell in self._order.cells:
-                self._fail(cell, failed.failure)
+            self._fail_all(failed.failure)
             return False
         self._bench.record(Loaded(launch=self._order.launch, start_s=start_s, load_s=load_s))
         return True
@@ -306,6 +307,10 @@ class _Launch:
             failure = Failure(kind="unsupported", phase=phase, reason=str(error))
             raise WorkerFailed(failure, alive=True) from error
         return time.perf_counter() - started, value
+
+    def _fail_all(self, failure: Failure) -> None:
+        for cell in self._order.cells:
+            self._fail(cell, failure)
 
     def _fail(self, cell: Cell, failure: Failure) -> None:
         self._bench.record(Failed(launch=self._order.launch, cell=cell, failure=self._scrubbed(failure)))

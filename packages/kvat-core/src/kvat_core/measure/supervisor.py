@@ -13,7 +13,7 @@ from typing import Protocol
 from pydantic import JsonValue
 from typing_extensions import Self
 
-from kvat_core.errors import UsageError
+from kvat_core.errors import KvatError, UsageError
 from kvat_core.measure import messages
 from kvat_core.measure.child import Child
 from kvat_core.measure.deadlines import Limits
@@ -199,7 +199,8 @@ class WorkerProcess:
         except KeyboardInterrupt:
             self._child.end(at_once=True)
             raise
-        if code is None and kind is None:
+        # What ends the whole run is told first; everything else must not hide that the device is held.
+        if code is None and not isinstance(error, KeyboardInterrupt | KvatError):
             failure = Failure(kind="unkillable", phase="cleanup", reason="it did not end, and cannot be killed")
             raise WorkerFailed(failure, alive=False)
 
