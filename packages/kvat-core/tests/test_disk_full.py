@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,29 @@ def test_without_a_temporary_directory_a_run_can_be_resumed_later(
         with pytest.raises(CannotWrite, match=r"no temporary directory can be made .* then go on with --resume"):
             tuned(tmp_path / "out")
     assert decided(tuned(tmp_path / "out", resume=True).plan) == decided(whole.plan)
+
+
+def test_a_temporary_directory_that_is_lost_costs_nothing_measured(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    class Losing(in_process_worker):  # type: ignore[misc]
+        def call(self, operation: Any, *rest: Any) -> Any:
+            value = super().call(operation, *rest)
+            if operation == "cleanup":
+                for scratch in temporary.iterdir():
+                    shutil.rmtree(scratch)
+                    scratch.write_text("")
+            return value
+
+    request = TuneRequest(out=tmp_path / "out", engine="fake", model="fake:tiny", profile="ci-micro")
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "tempdir", str(temporary))
+        with pytest.raises(CannotWrite, match=r"temporary directory cannot be written .* then go on with --resume"):
+            tune(request, open_worker=Losing)
+    measured = len(list(read_journal(tmp_path / "out" / "journal.jsonl")))
+    plan = tune(replace(request, resume=True), open_worker=in_process_worker).plan
+    assert measured > 20
+    assert not plan.partial

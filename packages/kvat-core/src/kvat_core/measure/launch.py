@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kvat_core import metrics
-from kvat_core.errors import Paused, UsageError
+from kvat_core.errors import CannotWrite, Paused, UsageError
 from kvat_core.measure.conditions import Watch, causes
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import Operation, PromptSpec, Started
@@ -258,7 +258,13 @@ class _Launch:
     def _scratch(self) -> Path:
         """One directory per load, so that no other candidate has filled its compiler's cache."""
         folder = self._bench.scratch / self._load.load_key
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotWrite(
+                f"the temporary directory cannot be written ({error.strerror}); mend that, or name another one in "
+                "TMPDIR, then go on with --resume"
+            ) from error
         return folder
 
     def _prepare(self, cell: Cell) -> Recipe:
