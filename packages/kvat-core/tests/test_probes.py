@@ -71,6 +71,24 @@ def test_available_memory_is_part_of_all_memory() -> None:
     assert 0 < cpu.available_memory_bytes() <= cpu.memory_bytes()
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "used"),
+    [(".", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")],
+)
+def test_what_a_control_group_holds_of_files_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, limit: str, used: str
+) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("1000000\n")
+    (tmp_path / folder / used).write_text("900000\n")
+    (tmp_path / folder / "memory.stat").write_text(
+        "anon 200000\nfile 700000\ninactive_file 600000\nactive_file 50000\n"
+    )
+    monkeypatch.setattr(cpu, "CONTROL_GROUP", tmp_path)
+    assert cpu.memory_bytes() == 1_000_000
+    assert cpu.available_memory_bytes() == 750_000
+
+
 def test_a_control_group_s_quota_is_counted_in_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for words, cores in (("150000 100000", 1.5), ("max 100000", None)):
         monkeypatch.setattr(Path, "is_file", lambda path: path.name == "cpu.max")
