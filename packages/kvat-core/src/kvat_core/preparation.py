@@ -101,10 +101,11 @@ class Preparation:
 def prepare(
     request: TuneRequest, open_worker: OpenWorker, deadlines: Deadlines, announce: Callable[[str], None]
 ) -> Preparation:
-    """Look at machine and model in one short-lived child, and make the candidates. Writes nothing.
+    """Look at machine and model in one short-lived child, and make the candidates. Writes no result.
 
     Raises:
-        UsageError: unusable input or environment.
+        UsageError: unusable input or environment, or another process writes into the directory.
+        CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
     engine = discovery.pick_engine(request.engine, request.model)
