@@ -18,6 +18,8 @@ import pytest
 from kvat_core.engine import Engine, EngineAdapter, EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.fake import FakeEngine, FakeServerEngine
+from kvat_core.measure.messages import Reply, encode
+from kvat_core.metrics import batch_size
 from kvat_core.schema import (
     Choice,
     Confidence,
@@ -133,10 +135,17 @@ def test_every_candidate_generates_what_was_asked_for(engine: Engine, launch: La
     for settings in candidates(engine, "full")[0]:
         adapter, _ = launch(engine, "tiny", settings)
         timeline = decode(adapter)
-        counts = [(request.prompt_tokens, request.output_tokens) for request in timeline.requests]
+        counts = [(request.prompt_tokens, request.output_tokens, request.count) for request in timeline.requests]
 
-        assert counts == [(SCENARIO.prompt_tokens, SCENARIO.output_tokens)] * SCENARIO.batch_size
+        assert counts == [(SCENARIO.prompt_tokens, SCENARIO.output_tokens, SCENARIO.batch_size)]
         assert all(0 < request.ttft_s < request.e2e_s <= timeline.duration_s for request in timeline.requests)
+
+
+def test_the_answer_for_a_large_batch_fits_a_message(launch: Launch) -> None:
+    adapter, _ = launch(FakeEngine(), "tiny", INCUMBENT["fake"])
+    timeline = adapter.run_decode(adapter.make_prompt(TEXT, 64, 1024, nonce=1), 4096)
+    assert batch_size(timeline) == 1024
+    assert encode(Reply(value=timeline.model_dump(mode="json")))
 
 
 def test_the_library_sees_single_tokens_and_the_server_only_totals(launch: Launch) -> None:

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvat_core import metrics
 from kvat_core.schema import RequestTiming, Sample, Scenario, Timeline
@@ -42,6 +44,21 @@ def test_of_a_batch_the_decode_rate_counts_all_streams() -> None:
     assert metrics.tpot_s(batch) == pytest.approx(0.1)
 
 
+@given(
+    calls=st.lists(
+        st.tuples(st.floats(0.1, 9), st.lists(st.floats(0.01, 9), min_size=1, max_size=9), st.integers(1, 9)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_requests_that_are_told_once_count_as_often_as_there_are(calls: list[tuple[float, list[float], int]]) -> None:
+    once = sample(*(request(ttft_s, tuple(gaps_s), count=count) for ttft_s, gaps_s, count in calls))
+    each = sample(*(request(ttft_s, tuple(gaps_s)) for ttft_s, gaps_s, count in calls for _ in range(count)))
+    assert metrics.batch_size(once) == metrics.batch_size(each) == len(each.requests)
+    for metric in (metrics.ttft_s, metrics.tpot_s, metrics.decode_tps, metrics.e2e_s, metrics.jitter):
+        assert metric(once) == pytest.approx(metric(each))
+
+
 def test_jitter_is_p95_over_p50_and_unknown_without_gaps() -> None:
     assert metrics.jitter(sample(request(0.5, (0.1,) * 19 + (0.3,)))) == pytest.approx(1.0)
     assert metrics.jitter(sample(request(0.5, (0.1,) * 18 + (0.3, 0.3)))) == pytest.approx(3.0)
@@ -59,6 +76,7 @@ GOOD = request(0.5, (0.1, 0.1))
         ((GOOD,), None),
         ((request(0.5, (0.1, 0.1), token_gaps_s=None),), None),
         ((GOOD, GOOD), "2 requests instead of 1"),
+        ((request(0.5, (0.1, 0.1), count=2),), "2 requests instead of 1"),
         ((request(0.5, (0.1, 0.1), prompt_tokens=7),), "7 prompt tokens instead of 8"),
         ((request(0.5, (0.1,)),), "2 output tokens instead of 3"),
         ((request(0.5, (0.1, 0.1), token_gaps_s=(0.2,)),), "1 token gaps for 3 tokens"),

@@ -57,11 +57,11 @@ def test_the_device_s_own_events_give_one_time_per_token(
     monkeypatch.setattr(adapter, "clock_for", lambda device: DeviceClock(queue.event))
     made, prompt = run(prepared, cache)
     timeline = made.run_decode(prompt, SCENARIO.output_tokens)
-    (first, second) = timeline.requests
-    assert first == second
-    assert first.ttft_s == pytest.approx(0.01)
-    assert first.token_gaps_s == pytest.approx((0.01,) * 5)
-    assert first.output_tokens == SCENARIO.output_tokens
+    (both,) = timeline.requests
+    assert both.count == SCENARIO.batch_size == 2
+    assert both.ttft_s == pytest.approx(0.01)
+    assert both.token_gaps_s == pytest.approx((0.01,) * 5)
+    assert both.output_tokens == SCENARIO.output_tokens
     assert made.tokens_seen() == SCENARIO.output_tokens
     assert queue.waits == 1
 

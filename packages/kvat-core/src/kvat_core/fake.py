@@ -419,11 +419,12 @@ class _ScriptedAdapter(EngineAdapter):
             ttft_s=ttft_s,
             e2e_s=ttft_s + sum(token_gaps_s),
             token_gaps_s=token_gaps_s if self._clock == "host" else None,
+            count=batch_size,
         )
         return Timeline(
             clock=self._clock,
             duration_s=request.e2e_s,
-            requests=(request,) * batch_size,
+            requests=(request,),
             compilations=self._compile((batch_size, positions)),
         )
 

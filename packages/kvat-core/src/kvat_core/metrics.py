@@ -15,13 +15,15 @@ def ttft_s(sample: Sample) -> float:
 
 def tpot_s(sample: Sample) -> float:
     """(end - first token) / (n - 1), seconds per output token; of a batch, the mean over requests."""
-    values = [(request.e2e_s - request.ttft_s) / (request.output_tokens - 1) for request in sample.requests]
-    return sum(values) / len(values)
+    values = [
+        request.count * (request.e2e_s - request.ttft_s) / (request.output_tokens - 1) for request in sample.requests
+    ]
+    return sum(values) / batch_size(sample)
 
 
 def decode_tps(sample: Sample) -> float:
     """batch · (n - 1) / (t_last - t_first), tokens per second, the first token apart."""
-    tokens = sum(request.output_tokens - 1 for request in sample.requests)
+    tokens = sum(request.count * (request.output_tokens - 1) for request in sample.requests)
     first = min(request.ttft_s for request in sample.requests)
     last = max(request.e2e_s for request in sample.requests)
     return tokens / (last - first)
@@ -34,7 +36,7 @@ def e2e_s(sample: Sample) -> float:
 
 def jitter(sample: Sample) -> float | None:
     """p95 / p50 of the token gaps; None where the engine gives totals only, or delivers most tokens in bursts."""
-    gaps = [gap for request in sample.requests for gap in request.token_gaps_s or ()]
+    gaps = [gap for request in sample.requests for gap in (request.token_gaps_s or ()) * request.count]
     if not gaps:
         return None
     gaps.sort()
@@ -47,7 +49,12 @@ def energy_per_token_j(sample: Sample) -> float | None:
     card = sample.conditions.gpu if sample.conditions else None
     if card is None or card.energy_j is None:
         return None
-    return card.energy_j / sum(request.output_tokens for request in sample.requests)
+    return card.energy_j / sum(request.count * request.output_tokens for request in sample.requests)
+
+
+def batch_size(timeline: Timeline) -> int:
+    """Requests of a call."""
+    return sum(request.count for request in timeline.requests)
 
 
 def invalid_reason(timeline: Timeline, scenario: Scenario) -> str | None:
@@ -56,8 +63,8 @@ def invalid_reason(timeline: Timeline, scenario: Scenario) -> str | None:
     Checks what an adapter reports against the scenario: request and token counts, one gap
     fewer than tokens, and times that are finite, positive and in order.
     """
-    if len(timeline.requests) != scenario.batch_size:
-        return f"{len(timeline.requests)} requests instead of {scenario.batch_size}"
+    if batch_size(timeline) != scenario.batch_size:
+        return f"{batch_size(timeline)} requests instead of {scenario.batch_size}"
     for request in timeline.requests:
         if request.prompt_tokens != scenario.prompt_tokens:
             return f"{request.prompt_tokens} prompt tokens instead of {scenario.prompt_tokens}"

@@ -78,7 +78,8 @@ class TransformersAdapter(EngineAdapter):
     def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
         self._clock = None  # the call before is over
         rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
-        return torch.tensor(rows, device=self.model.device)
+        with translated():
+            return torch.tensor(rows, device=self.model.device)
 
     def prepare_cache(self, strategy: Recipe) -> None:
         left_behind = vars(self.model)
@@ -148,21 +149,22 @@ class TransformersAdapter(EngineAdapter):
         arguments = self._arguments(max_new_tokens)
         # On mps a cache that is handed back switches on its recording, which would cost time at each step.
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
-        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         generate: Any = self.model.generate
-        self._clock = clock = clock_for(self.model.device)
         graphs = proof.compiled_graphs()
-        _synchronize(self.model.device)
         with translated(), actions.entered(self._recipe):
+            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+            self._clock = clock = clock_for(self.model.device)
+            _synchronize(self.model.device)
             start_ns = time.perf_counter_ns()
             clock.start()
             output = generate(**inputs, **arguments, **clock.arguments())
             _synchronize(self.model.device)
             duration_s = (time.perf_counter_ns() - start_ns) / 1e9
+            token_s = clock.token_s()
         tokens, cache = _unpack(output)
         self._look_at(cache, prompt, max_new_tokens)
         compilations = proof.compiled_graphs() - graphs
-        return Call(tokens, prompt.shape[1], clock.kind, clock.token_s(), duration_s, compilations)
+        return Call(tokens, prompt.shape[1], clock.kind, token_s, duration_s, compilations)
 
     def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
         """Size up the cache that a call has left, beside what it should be.
@@ -220,18 +222,19 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) ->
 
 
 def _timeline(call: Call) -> Timeline:
-    """All requests of a batch share their steps, so they share their times."""
+    """All requests of a batch share their steps, so they share their times, which are told once."""
     request = RequestTiming(
         prompt_tokens=call.prompt_tokens,
         output_tokens=call.tokens.shape[1] - call.prompt_tokens,
         ttft_s=call.token_s[0],
         e2e_s=call.token_s[-1],
         token_gaps_s=tuple(later - earlier for earlier, later in pairwise(call.token_s)),
+        count=call.tokens.shape[0],
     )
     return Timeline(
         clock=call.clock,
         duration_s=call.duration_s,
-        requests=(request,) * call.tokens.shape[0],
+        requests=(request,),
         compilations=call.compilations,
     )
 

@@ -10,6 +10,12 @@ from safetensors import SafetensorError
 
 from kvat_core.engine import EngineError
 
+OUT_OF_DEVICE_MEMORY = "the device ran out of memory"
+
+_FULL = ("MPS backend out of memory", "Invalid buffer size", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""What torch says when a device is full, where it has no type of its own for that: Metal's allocator, the libraries of
+CUDA when they make room for themselves, and the driver."""
+
 
 @contextmanager
 def translated() -> Iterator[None]:
@@ -22,13 +28,13 @@ def translated() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EngineError("oom_device", "the device ran out of memory") from error
-    except torch.AcceleratorError as error:
-        raise EngineError("device_error", "the device reported an error that only a new process can clear") from error
+        raise EngineError("oom_device", OUT_OF_DEVICE_MEMORY) from error
     except SafetensorError as error:
         raise EngineError("error", "the weight files are damaged or incomplete; fetch them again") from error
     except RuntimeError as error:
         known = _known(error)
+        if known is None and isinstance(error, torch.AcceleratorError):
+            known = EngineError("device_error", "the device reported an error that only a new process can clear")
         if known is None:
             raise
         raise known from error
@@ -37,6 +43,8 @@ def translated() -> Iterator[None]:
 def _known(error: RuntimeError) -> EngineError | None:
     """Torch tells most of its errors apart by their text alone."""
     text = str(error)
+    if any(full in text for full in _FULL):
+        return EngineError("oom_device", OUT_OF_DEVICE_MEMORY)
     if "DefaultCPUAllocator" in text and "memory" in text:
         return EngineError("oom_host", "the host ran out of memory")
     if "No viable backend for scaled_dot_product_attention" in text:

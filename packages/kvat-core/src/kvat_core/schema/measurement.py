@@ -10,7 +10,7 @@ from kvat_core.schema._base import Record
 
 
 class RequestTiming(Record):
-    """One request of a timed call, from its start to its last token."""
+    """One request of a timed call, from its start to its last token; or several, where a batch moves in step."""
 
     prompt_tokens: int
     output_tokens: int
@@ -19,6 +19,7 @@ class RequestTiming(Record):
     token_gaps_s: tuple[float, ...] | None = Field(
         description="time between consecutive tokens, one fewer than output tokens; null where only totals are known"
     )
+    count: int = Field(default=1, ge=1, description="requests of this call that have these very figures")
 
 
 class Timeline(Record):
