@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvat_core import Plan, TuneRequest, TuneResult, tune
+from kvat_core import Plan, Profile, TuneRequest, TuneResult, scoring, tune
 from kvat_core.errors import Paused, UsageError
 from kvat_core.journal import read_journal
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import Run
-from kvat_core.schema import Conditions, Failure, FailureKind, Stopped
+from kvat_core.schema import Conditions, Failure, FailureKind, Objective, Scenario, Stopped
 
 Sabotage = Callable[["Saboteur", str, dict[str, Any]], None]
 
@@ -261,6 +261,66 @@ def test_after_one_kill_while_loading_candidates_go_on_sharing_their_process(tun
     assert set(states(tuned(once).plan).values()) == {"ok"}
     timing = [order for order in journal(tmp_path).launches if order.purpose == "timing"]
     assert len(timing) == 1 + 3
+
+
+def test_a_worker_that_dies_when_asked_for_its_peak_is_told_and_costs_no_figure(tuned: Any, tmp_path: Path) -> None:
+    def eager(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "resources" and worker.kernel == "eager" and worker.cache == "static":
+            raise end("crash", phase)
+
+    plan = tuned(eager).plan
+    run = journal(tmp_path)
+    assert set(states(plan).values()) == {"ok"}
+    assert all(candidate.score.n == 3 for candidate in plan.candidates if candidate.score)
+    assert {(failed.failure.kind, failed.failure.phase) for failed in run.failed} == {("crash", "resources")}
+    assert len(run.failed) == 3
+    assert plan.metrics.error_rate == 0
+    assert any("cache=static kernel=eager" in note and "resources: crash" in note for note in plan.notes)
+
+
+def test_a_worker_that_dies_while_it_cleans_up_is_told_and_costs_nothing(tuned: Any, tmp_path: Path) -> None:
+    def always(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "cleanup":
+            raise end("crash", phase)
+
+    plan = tuned(always).plan
+    run = journal(tmp_path)
+    assert set(states(plan).values()) == {"ok"}
+    assert not run.failed
+    assert {(one.failure.kind, one.failure.phase) for one in run.ended if one.failure} == {("crash", "cleanup")}
+    assert any("after its work (cleanup: crash, sabotage)" in note and "launch 0" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("phase", ["cleanup", "resources"])
+def test_a_device_that_breaks_after_the_work_is_checked(tuned: Any, tmp_path: Path, phase: str) -> None:
+    def sabotage(worker: Saboteur, now: str, _: Any) -> None:
+        if worker.number == 2 and now == phase:
+            raise end("device_error", now)
+
+    tuned(sabotage)
+    assert journal(tmp_path).health[0].ok
+
+
+def test_one_peak_that_cannot_be_read_has_memory_compared_in_shared_processes(
+    tuned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "MEMORY_PLENTY", 0.0)
+
+    def unreadable(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "memory" and (worker.kernel, worker.cache) == ("auto", "dynamic"):
+            raise end("timeout", phase)
+
+    scenario = Scenario(prompt_tokens=64, output_tokens=8)
+    objective = Objective(ttft=0.3, decode=0.3, memory=0.4)
+    profile = Profile(name="m", scenarios=(scenario,), objective=objective, launches=3, samples=1)
+    told = tuned(unreadable, profile=profile, space="full").plan
+    assert any("(memory: timeout, sabotage): default" in note for note in told.notes)
+    assert any("compared by the peaks in shared processes" in note and "default" in note for note in told.notes)
+    whole = tuned(lambda *_: None, profile=profile, space="full", force=True).plan
+    assert not any("peak" in note for note in whole.notes)
+    scores = {c.label: (c.score.value, whole.candidate(c.id).score.value) for c in told.candidates if c.score}
+    # The fake engine's peaks are the same in both kinds of process, so that nothing else differs.
+    assert all(one == pytest.approx(other) for one, other in scores.values())
 
 
 def test_a_worker_that_is_left_at_its_end_pauses_the_run(tuned: Any) -> None:

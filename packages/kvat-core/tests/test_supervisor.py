@@ -229,10 +229,12 @@ def scripted(tmp_path: Path) -> Scripted:
     return run
 
 
-def decode(worker: WorkerProcess, limits: Limits, text: str = "some words") -> Timeline:
+def decode(
+    worker: WorkerProcess, limits: Limits, text: str = "some words", output_tokens: int = SCENARIO.output_tokens
+) -> Timeline:
     """A timed call of a scripted worker."""
     spec = PromptSpec(source=PromptSource(kind="text", value=text), tokens=SCENARIO.prompt_tokens, batch=1, nonce=0)
-    arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": SCENARIO.output_tokens}
+    arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": output_tokens}
     return Timeline.model_validate(worker.call("decode", arguments, "sample", limits))
 
 
@@ -261,6 +263,15 @@ def marked(mark: str) -> list[psutil.Process]:
 def test_nothing_that_is_printed_is_taken_for_a_message(scripted: Scripted) -> None:
     chatter = "import os; print('x' * 100_000, flush=True); os.write(1, b'\\0\\0\\0\\2{}'); os.write(2, b'y' * 100_000)"
     with scripted(chatter, first=chatter) as worker:
+        assert decode(worker, Limits(60)).requests[0].output_tokens == SCENARIO.output_tokens
+
+
+def test_an_answer_that_is_too_long_for_a_message_fails_its_call_alone(scripted: Scripted) -> None:
+    with scripted("") as worker:
+        with pytest.raises(WorkerFailed, match="which is too long") as caught:
+            decode(worker, Limits(60), output_tokens=500_000)
+        assert caught.value.failure.kind == "invalid_output"
+        assert caught.value.alive
         assert decode(worker, Limits(60)).requests[0].output_tokens == SCENARIO.output_tokens
 
 

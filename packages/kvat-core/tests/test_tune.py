@@ -231,11 +231,6 @@ def test_a_lossy_candidate_is_measured_and_cannot_win(out: Path) -> None:
     assert any("may change the output" in note for note in plan.notes)
 
 
-def test_an_answer_that_is_too_long_for_a_message_fails_its_candidate(out: Path) -> None:
-    with pytest.raises(AllFailed, match=r"every candidate failed \(invalid_output\); .* which is too long"):
-        tuned(out, model="fake:tiny", batches=(12_000,))
-
-
 def test_a_snippet_that_cannot_be_written_costs_no_plan(
     out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
 ) -> None:

@@ -20,6 +20,8 @@ from kvat_core.schema import (
     Choice,
     CompileCost,
     Estimate,
+    Failed,
+    Failure,
     JournalRef,
     Plan,
     PlanEngine,
@@ -108,6 +110,8 @@ def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     if run.end is None:
         notes.append(PARTIAL_NOTE.format(f"{run.stopped.kind} {run.stopped.reason}" if run.stopped else "killed"))
     notes += _unstable_notes(run)
+    notes += _memory_notes(run)
+    notes += _worker_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
     notes += _compile_notes(run, winner)
@@ -143,6 +147,56 @@ def _unstable_notes(run: Run) -> list[str]:
         f"{fewer}, and see kvat doctor; unstable are the figures of "
         + _few([entry.candidate.label for entry in unstable])
     ]
+
+
+def _memory_notes(run: Run) -> list[str]:
+    """Why peaks are unknown, and what comes of it where memory is scored."""
+    notes = [
+        f"peak memory could not be read ({_in_words(failure)}): {_few(labels)}"
+        for failure, labels in _grouped([(one.failure, _choice(run, one.cell.candidate).label) for one in _unread(run)])
+    ]
+    scored = run.header.profile.objective.shares()["memory"] > 0 and scoring.memory_binds(run)
+    measured = [name for name in run.live if scoring.complete_rounds(run, name)]
+    unknown = [_choice(run, name).label for name in measured if scoring.own_peak(run, name) is None]
+    if scored and unknown:
+        how = (
+            "memory is compared by the peaks in shared processes, which hold what came before as well"
+            if scoring.compared_peaks(run)
+            else "memory does not count in the scores, although it is short"
+        )
+        notes.append(f"{how}, because the peak in a process of its own is not known: {_few(unknown)}")
+    return notes
+
+
+def _unread(run: Run) -> list[Failed]:
+    """Failures to read a peak that no other process of the cell has made good."""
+    known = {*run.own_memory, *run.shared_memory}
+    return [
+        failed
+        for failed in run.memory_failures
+        if failed.cell not in (run.own_memory if failed.launch in run.memory_launches else known)
+    ]
+
+
+def _worker_notes(run: Run) -> list[str]:
+    """What became of workers that had done their work."""
+    ends = [(end.failure, f"launch {end.launch}") for end in run.ended if end.failure]
+    return [
+        f"a worker failed after its work ({_in_words(failure)}), which costs no figures: {_few(launches)}"
+        for failure, launches in _grouped(ends)
+    ]
+
+
+def _in_words(failure: Failure) -> str:
+    return f"{failure.phase}: {failure.kind}, {failure.reason}"
+
+
+def _grouped(failures: list[tuple[Failure, str]]) -> list[tuple[Failure, list[str]]]:
+    """Failures that differ in words, each with the names that it has befallen."""
+    groups: dict[str, tuple[Failure, dict[str, None]]] = {}
+    for failure, name in failures:
+        groups.setdefault(_in_words(failure), (failure, {}))[1][name] = None
+    return [(failure, list(names)) for failure, names in groups.values()]
 
 
 def _kind(cause: str) -> str:

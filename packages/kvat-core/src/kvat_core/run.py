@@ -34,7 +34,17 @@ OF_THE_CANDIDATE = ("unsupported", "not_applied", "invalid_output", "oom_device"
 """Kinds of failure for which the machine is never to blame."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
-_DERIVED = ("live", "failures", "forgiven", "own_memory", "timing_failures", "memory_tried", "_alike")
+_DERIVED = (
+    "live",
+    "failures",
+    "forgiven",
+    "memory_launches",
+    "memory_tried",
+    "own_memory",
+    "shared_memory",
+    "timing_failures",
+    "_alike",
+)
 """What is worked out once from all records but the samples, and anew after the next of those."""
 
 
@@ -174,8 +184,19 @@ class Run:
     @cached_property
     def timing_failures(self) -> list[Failed]:
         """Ends of timed cells, without those for which a broken machine is to blame."""
-        memory = {order.launch for order in self.launches if order.purpose == "memory"}
-        return [failed for failed in self.failed if failed.launch not in memory and failed not in self._excused]
+        return [
+            failed for failed in self.failed if not self._is_about_memory(failed) and failed not in self._excused
+        ]
+
+    @property
+    def memory_failures(self) -> list[Failed]:
+        """Why peaks are unknown, without what a broken machine is to blame for; the times of these cells stand."""
+        return [failed for failed in self.failed if self._is_about_memory(failed) and failed not in self._excused]
+
+    @cached_property
+    def memory_launches(self) -> set[int]:
+        """Launches whose one cell had the process to itself, for its peak memory."""
+        return {order.launch for order in self.launches if order.purpose == "memory"}
 
     @cached_property
     def memory_tried(self) -> set[Cell]:
@@ -216,11 +237,24 @@ class Run:
             for order in self.launches
         )
 
+    def _is_about_memory(self, failed: Failed) -> bool:
+        return failed.failure.phase == "resources" or failed.launch in self.memory_launches
+
     @cached_property
     def own_memory(self) -> Mapping[Cell, Resources]:
         """Peaks of the cells that had a process of their own, without a profiler."""
         alone = {order.launch: order.cells[0] for order in self.launches if order.purpose == "memory"}
         return {alone[one.launch]: one.resources for one in self.measured if one.launch in alone}
+
+    @cached_property
+    def shared_memory(self) -> Mapping[Cell, Sequence[Resources]]:
+        """Peaks of the cells in the processes that timed them, which hold what came before as well."""
+        found: dict[Cell, list[Resources]] = {}
+        for one in self.measured:
+            if one.launch not in self.memory_launches:
+                for cell in one.cells:
+                    found.setdefault(cell, []).append(one.resources)
+        return found
 
     def original(self, cell: Cell) -> Cell:
         """The cell that stands for this one: the first of the space that was proven to run the very same thing."""

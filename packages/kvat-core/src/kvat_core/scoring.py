@@ -8,7 +8,7 @@ their score ratio; 1.00 is the incumbent. There are no absolute scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -110,16 +110,41 @@ def memory_binds(run: Run) -> bool:
 
 def memory_log(run: Run, candidate_id: str) -> float:
     """Log of the binding memory's peak in bytes; 0 for all where memory is plentiful, or unknown for any of them."""
+    own = compared_peaks(run).get(candidate_id)
+    return 0.0 if own is None else math.log(own)
+
+
+def compared_peaks(run: Run) -> Mapping[str, int]:
+    """Peak of the binding memory in bytes of every candidate with figures, all read in the same way.
+
+    In processes of their own, or where one of these is unknown in the shared ones, since nobody must gain or lose by
+    how it was read. Nothing where memory is plentiful, or unknown for any of them in either way.
+    """
     if not memory_binds(run):
-        return 0.0
-    peaks = {name: _peak(run, name) for name in run.live if complete_rounds(run, name)}
-    own = peaks.get(candidate_id)
-    return math.log(own) if own is not None and None not in peaks.values() else 0.0
+        return {}
+    names = [name for name in run.live if complete_rounds(run, name)]
+    for read in (own_peak, _shared_peak):
+        peaks = {name: peak for name in names if (peak := read(run, name)) is not None}
+        if len(peaks) == len(names):
+            return peaks
+    return {}
 
 
-def _peak(run: Run, candidate_id: str) -> int | None:
+def own_peak(run: Run, candidate_id: str) -> int | None:
+    """Peak of the binding memory in a process of the candidate's own, bytes; None if unknown."""
     resources = own_resources(run, candidate_id)
-    return None if resources is None else resources.peak_device_bytes or resources.peak_host_bytes
+    return None if resources is None else _peak(resources)
+
+
+def _shared_peak(run: Run, candidate_id: str) -> int | None:
+    """Of each scenario the least of the launches, since all hold more than the candidate's; of these the most."""
+    cells = [run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
+    known = [[peak for one in run.shared_memory.get(cell, ()) if (peak := _peak(one)) is not None] for cell in cells]
+    return max(map(min, known)) if all(known) else None
+
+
+def _peak(resources: Resources) -> int | None:
+    return resources.peak_device_bytes or resources.peak_host_bytes
 
 
 def _share_used(run: Run, resources: Resources) -> float:

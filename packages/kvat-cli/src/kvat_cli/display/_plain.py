@@ -10,7 +10,8 @@ from kvat_cli.display._known import labels, state
 from kvat_report import one_line
 
 if TYPE_CHECKING:
-    from kvat_core.schema import Failed, Health, LaunchOrder
+    from kvat_core.run import Run
+    from kvat_core.schema import Failed, Failure, Health, LaunchOrder
     from kvat_core.tuner import Progress
 
 _NAMED = 3
@@ -23,6 +24,7 @@ class PlainLines:
     def __init__(self) -> None:
         self._launches = 0
         self._failures = 0
+        self._ends = 0
         self._checks = 0
         self._begun = False
 
@@ -34,15 +36,22 @@ class PlainLines:
         if not self._begun:
             # What a resumed run has from before is no news.
             self._begun = True
-            self._launches, self._failures, self._checks = len(run.launches), len(run.failed), len(run.health)
+            self._take_note(run)
         names = labels(run)
         for order in run.launches[self._launches :]:
             _say(_launch_line(order, names, state(progress)))
         for failed in run.failed[self._failures :]:
             _say(_failure_line(failed, names))
+        for end in run.ended[self._ends :]:
+            if end.failure:
+                _say(_end_line(end.launch, end.failure))
         for health in run.health[self._checks :]:
             _say(_health_line(health, run.header.target.device))
-        self._launches, self._failures, self._checks = len(run.launches), len(run.failed), len(run.health)
+        self._take_note(run)
+
+    def _take_note(self, run: Run) -> None:
+        self._launches, self._failures = len(run.launches), len(run.failed)
+        self._ends, self._checks = len(run.ended), len(run.health)
 
 
 def _say(line: str) -> None:
@@ -61,6 +70,10 @@ def _health_line(health: Health, device: str) -> str:
     if health.ok:
         return f"after failures: checked that {device} still works, going on"
     return one_line(f"after failures: {device} does not work: {health.reason}")
+
+
+def _end_line(launch: int, failure: Failure) -> str:
+    return one_line(f"after the work of launch {launch}: {failure.kind} ({failure.phase}): {failure.reason}")
 
 
 def _failure_line(failed: Failed, names: Mapping[str, str]) -> str:

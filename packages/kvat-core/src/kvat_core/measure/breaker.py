@@ -10,7 +10,7 @@ from kvat_core.measure.launch import OpenWorker, held
 from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import OF_THE_CANDIDATE, Run
-from kvat_core.schema import Event, Failed, Health
+from kvat_core.schema import Event, Failure, Health
 
 FAILURES_IN_A_ROW = 3
 """Launches without a single sample, after which the machine itself is checked."""
@@ -49,11 +49,11 @@ class Breaker:
             Paused: the device does not work, or is held by a process that cannot be killed.
         """
         launch = self._run.launches[-1].launch
-        failures = [failed for failed in self._run.failed if failed.launch == launch]
-        device = self._run.header.target.device
-        if any(failed.failure.kind == "unkillable" for failed in failures):
-            raise held(device)
-        failed = any(one.failure.kind not in OF_THE_CANDIDATE for one in failures)
+        failures = [failed.failure for failed in self._run.failed if failed.launch == launch]
+        failures += [end.failure for end in self._run.ended[-1:] if end.launch == launch and end.failure]
+        if any(failure.kind == "unkillable" for failure in failures):
+            raise held(self._run.header.target.device)
+        failed = any(failure.kind not in OF_THE_CANDIDATE for failure in failures)
         sampled = any(sample.launch == launch for sample in self._run.samples)
         self._in_a_row = self._in_a_row + 1 if failed and not sampled else 0
         if self._in_a_row >= FAILURES_IN_A_ROW or _broke_the_device(failures):
@@ -86,5 +86,5 @@ class Breaker:
         return None
 
 
-def _broke_the_device(failures: list[Failed]) -> bool:
-    return any(failed.failure.kind == "device_error" for failed in failures)
+def _broke_the_device(failures: list[Failure]) -> bool:
+    return any(failure.kind == "device_error" for failure in failures)

@@ -80,14 +80,14 @@ def carry_out(order: LaunchOrder, bench: Bench) -> None:
 
     Raises:
         Interrupted: the user ended the run; the launch has no end in the journal.
-        Paused: the worker cannot be killed.
     """
     started = time.perf_counter()
     bench.record(order)
     launch = _Launch(order, bench)
     launch.run_all()
     wall_s = time.perf_counter() - started
-    bench.record(LaunchEnd(launch=order.launch, wall_s=wall_s, generate_s=launch.generate_s))
+    end = LaunchEnd(launch=order.launch, wall_s=wall_s, generate_s=launch.generate_s, failure=launch.failure)
+    bench.record(end)
 
 
 def nonce(seed: int, round_number: int, scenario: str, index: int) -> int:
@@ -104,20 +104,22 @@ class _Launch:
         self._load = bench.recipes[order.cells[0]]
         self._sees_tokens = False
         self.generate_s = 0.0
+        self.failure: Failure | None = None
+        """Of the worker after its work."""
 
     def run_all(self) -> None:
         try:
             with self._bench.open_worker(self._load.environment) as self._client:
                 if self._load_model():
                     self._measure()
+                    self._ask("cleanup", {}, "cleanup", Limits(self._bench.deadlines.other_s))
         except _LaunchOver:
             return
         except WorkerFailed as failed:
-            # A device that is held concerns all; the end of a worker that has done its work concerns no cell.
-            if failed.failure.kind == "unkillable":
-                raise held(self._header.target.device) from failed
             if failed.failure.phase == "start":
                 self._fail_all(failed.failure)
+            else:
+                self.failure = self._scrubbed(failed.failure)
 
     def _load_model(self) -> bool:
         deadlines = self._bench.deadlines
@@ -144,10 +146,9 @@ class _Launch:
             for cell in self._order.cells:
                 if self._bench.run.original(cell) == cell:
                     self._with_peak(cell, self._time)
-        self._ask("cleanup", {}, "cleanup", Limits(self._bench.deadlines.other_s))
 
     def _with_peak(self, cell: Cell, step: Callable[[Cell], None]) -> None:
-        """Run a step and read which peak it has left; what cannot be read costs the cell nothing."""
+        """Run a step and read which peak it has left."""
         if self._guarded(cell, step):
             self._read_resources(cell)
 
@@ -238,14 +239,15 @@ class _Launch:
             self._decode(cell, index, "memory", limits)
 
     def _read_resources(self, cell: Cell) -> None:
-        """What cannot be read stays unknown, and costs the cell nothing."""
+        """What cannot be read stays unknown; that is recorded, and costs the cell none of its samples."""
         try:
             _, value = self._ask("resources", {}, "resources", Limits(self._bench.deadlines.other_s))
             resources = _validated(Resources, value, "resources")
         except WorkerFailed as failed:
+            self._fail(cell, failed.failure)
             if failed.alive:
                 return
-            raise
+            raise _LaunchOver from failed
         processes = tuple(str(published(name, self._bench.source)) for name in resources.processes)
         resources = resources.model_copy(update={"processes": processes})
         process_bytes = self._bench.process_device_bytes(self._client.pid)

@@ -100,7 +100,7 @@ class FirstCall(Record):
 
 
 class Failed(Record):
-    """A cell ended without its samples."""
+    """A cell ended without its samples, or without its peak memory."""
 
     launch: int
     cell: Cell
@@ -126,6 +126,9 @@ class LaunchEnd(Record):
     launch: int
     wall_s: float
     generate_s: float = Field(description="spent inside proof, warm-up and timed calls")
+    failure: Failure | None = Field(
+        default=None, description="of the worker after its work: to clean up, or to end; no cell is to blame for it"
+    )
 
 
 class Health(Record):
