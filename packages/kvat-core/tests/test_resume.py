@@ -18,15 +18,17 @@ import pytest
 
 from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, lock, read_plan, tune
 from kvat_core.engine import Probe
-from kvat_core.errors import Interrupted, JournalDamaged, UsageError
+from kvat_core.errors import AllFailed, Interrupted, JournalDamaged, UsageError
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import read_journal
 from kvat_core.lock import Owner
 from kvat_core.measure.interrupt import Stop
+from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.schema import (
     Conditions,
     End,
     Event,
+    Failure,
     Header,
     LaunchOrder,
     Objective,
@@ -329,6 +331,41 @@ def test_a_stopped_run_has_a_partial_plan(command: MakeCommand) -> None:
     assert stopped.events()[-1] == Stopped(kind="interrupted", reason="by the user")
     assert not stopped.resume().plan.partial
     assert isinstance(stopped.events()[-1], End)
+
+
+def test_a_partial_plan_that_turned_out_wrong_is_moved_aside(command: MakeCommand) -> None:
+    stopped = command()
+    partial = stopped.run(40).plan
+    snippet = (stopped.out / "snippet.py").read_text()
+
+    class Failing(stopped.worker):  # type: ignore[name-defined,misc]
+        def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
+            if operation == "decode":
+                raise WorkerFailed(Failure(kind="oom_host", phase=phase, reason="no room"), alive=False)
+            return super().call(operation, arguments, phase, limits)
+
+    moved = r"now called best_plan\.json\.1, snippet\.py\.1"
+    with pytest.raises(AllFailed, match=moved):
+        dataclasses.replace(stopped, worker=Failing).resume()
+    assert not {PLAN, "snippet.py"} & files(stopped.out).keys()
+    assert read_plan(stopped.out / f"{PLAN}.1") == partial
+    assert (stopped.out / "snippet.py.1").read_text() == snippet
+
+
+def test_a_snippet_of_before_does_not_stay_beside_a_new_plan(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = command()
+    stopped.run(40)
+
+    def broken(self: FakeEngine, plan: Plan) -> dict[str, str]:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(FakeEngine, "snippet", broken)
+    (warning,) = stopped.resume().warnings
+    assert warning.startswith("the snippet was not written: KeyError")
+    assert "now called snippet.py.1" in warning
+    assert not (stopped.out / "snippet.py").exists()
 
 
 def test_a_run_stopped_before_anything_is_decidable_says_so(command: MakeCommand) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kvat_core.errors import CannotWrite, UsageError
@@ -61,11 +61,29 @@ def _refuse_unusable(out: Path, force: bool) -> None:
         raise UsageError(f"--out {out} is where you are and cannot be moved aside; name another directory")
 
 
-def _free_name(out: Path) -> Path:
+def _free_name(path: Path) -> Path:
     number = 1
-    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     return aside
+
+
+def set_aside(out: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """Give files that no longer tell the truth another name, where they exist; they are never deleted.
+
+    Returns:
+        Their new paths.
+
+    Raises:
+        CannotWrite: the system refuses.
+    """
+    old = [path for path in (out / name for name in names) if path.exists()]
+    try:
+        return tuple(path.rename(_free_name(path)) for path in old)
+    except OSError as error:
+        raise CannotWrite(
+            f"{old[0]} is of an earlier state of this run and cannot be moved aside ({error.strerror}); do not use it"
+        ) from error
 
 
 def is_path(text: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvat_core import discovery, lock, outputs, resume
@@ -20,6 +21,7 @@ from kvat_core.measure.launch import Bench, OpenWorker, carry_out
 from kvat_core.measure.supervisor import Client, WorkerProcess
 from kvat_core.planner import make_plan
 from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
+from kvat_core.report import Report
 from kvat_core.run import Run
 from kvat_core.schema import End, Event, Header, JournalRef, Plan, Resumed, Stopped
 from kvat_core.search import Grid
@@ -237,23 +239,27 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
     path = out / outputs.JOURNAL
     run = Run.from_events(read_journal(path))
     ref = JournalRef(file=outputs.JOURNAL, sha256=journal_sha256(path), samples=len(run.samples))
+    reports, warnings = discovery.reports()
     try:
         plan = make_plan(run, ref)
     except (AllFailed, NothingFeasible) as error:
+        of_before = (outputs.PLAN, outputs.SNIPPET, *(report.file_name for report in reports))
+        moved = _moved(outputs.set_aside(out, of_before))
         if stopped is not None:
-            raise type(stopped)(f"{stopped}; nothing can be decided yet") from error
-        raise type(error)(f"{error}; {path} tells of each") from error
+            raise type(stopped)(f"{stopped}; nothing can be decided yet{moved}") from error
+        raise type(error)(f"{error}; {path} tells of each{moved}") from error
     files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
-    reports, warnings = discovery.reports()
-    try:
-        files += outputs.write_files(out, snippet(plan))
-    except Exception as error:  # an adapter is foreign code, and must not cost the plan
-        warnings.append(f"the snippet was not written: {_cause(error)}")
-    for report in reports:
+
+    def add(what: str, name: str, make: Callable[[], Mapping[str, str]]) -> None:
+        """Write what foreign code makes of the plan, which must not cost the plan itself."""
         try:
-            files += outputs.write_files(out, {report.file_name: report.render(plan)})
-        except Exception as error:  # a renderer is foreign code, and must not cost the plan
-            warnings.append(f"report {report.name} was not written: {_cause(error)}")
+            files.extend(outputs.write_files(out, make()))
+        except Exception as error:
+            warnings.append(f"{what} was not written: {_cause(error)}{_moved(outputs.set_aside(out, [name]))}")
+
+    add("the snippet", outputs.SNIPPET, partial(snippet, plan))
+    for report in reports:
+        add(f"report {report.name}", report.file_name, partial(_rendered, report, plan))
     times = _Times.of(run)
     importing_s = prepared.header.probe_s + times.importing_s - before.importing_s
     return TuneResult(
@@ -267,6 +273,16 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         warnings=tuple(warnings),
         stopped=stopped,
     )
+
+
+def _rendered(report: Report, plan: Plan) -> Mapping[str, str]:
+    return {report.file_name: report.render(plan)}
+
+
+def _moved(aside: Sequence[Path]) -> str:
+    """Words on files of an earlier state of the run."""
+    names = ", ".join(path.name for path in aside)
+    return f" (what this run had before it went on is now called {names})" if aside else ""
 
 
 def _cause(error: Exception) -> str:
