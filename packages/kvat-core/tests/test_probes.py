@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ import pytest
 
 from kvat_core import noise
 from kvat_core.measure.conditions import SystemWatch
-from kvat_core.probes import cpu, gpu
+from kvat_core.probes import control_group, cpu, gpu
 from kvat_core.schema import GpuConditions
 
 
@@ -71,43 +72,119 @@ def test_available_memory_is_part_of_all_memory() -> None:
     assert 0 < cpu.available_memory_bytes() <= cpu.memory_bytes()
 
 
-@pytest.mark.parametrize(
-    ("folder", "limit", "used"),
-    [(".", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")],
-)
+UNIFIED = {"limit": "memory.max", "used": "memory.current", "stat": "{}"}
+LEGACY = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "stat": "total_{}"}
+
+
+@pytest.fixture
+def control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A system whose groups have these files; this process is in the group that `membership` names."""
+    monkeypatch.setattr(control_group, "MOUNT", tmp_path)
+    monkeypatch.setattr(control_group, "MEMBERSHIP", tmp_path / "membership")
+
+    def make(membership: str, files: Mapping[str, str]) -> None:
+        (tmp_path / "membership").write_text(membership)
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+
+    return make
+
+
+def memory(folder: str, names: Mapping[str, str], limit: str, used: int, cache: int = 0) -> dict[str, str]:
+    """Files of a group; what it holds of files is partly active."""
+    stat = [f"anon {used - cache}", *(f"{names['stat'].format(name)} {cache // 2}" for name in CACHES)]
+    texts = {"limit": limit, "used": str(used)}
+    return {f"{folder}/{names[kind]}": text for kind, text in texts.items()} | {
+        f"{folder}/memory.stat": "\n".join(stat)
+    }
+
+
+CACHES = ("active_file", "inactive_file")
+
+
+@pytest.mark.parametrize(("folder", "names"), [(".", UNIFIED), ("memory", LEGACY)], ids=["unified", "legacy"])
 def test_what_a_control_group_holds_of_files_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, limit: str, used: str
+    control_groups: Callable[..., None], folder: str, names: Mapping[str, str]
 ) -> None:
-    (tmp_path / folder).mkdir(exist_ok=True)
-    (tmp_path / folder / limit).write_text("1000000\n")
-    (tmp_path / folder / used).write_text("900000\n")
-    (tmp_path / folder / "memory.stat").write_text(
-        "anon 200000\nfile 700000\ninactive_file 600000\nactive_file 50000\n"
-    )
-    monkeypatch.setattr(cpu, "CONTROL_GROUP", tmp_path)
+    control_groups("", memory(folder, names, "1000000", 900_000, 650_000))
     assert cpu.memory_bytes() == 1_000_000
     assert cpu.available_memory_bytes() == 750_000
 
 
-def test_a_control_group_s_quota_is_counted_in_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for words, cores in (("150000 100000", 1.5), ("max 100000", None)):
-        monkeypatch.setattr(Path, "is_file", lambda path: path.name == "cpu.max")
-        monkeypatch.setattr(Path, "read_text", lambda path, words=words: words)
-        assert cpu.quota_cores() == cores
+@pytest.mark.parametrize(
+    ("membership", "root", "names"),
+    [("0::/jobs/7/step\n", ".", UNIFIED), ("5:cpu:/\n4:memory:/jobs/7/step\n0::/\n", "memory", LEGACY)],
+    ids=["unified", "legacy"],
+)
+@pytest.mark.parametrize(
+    ("limits", "total", "available"),
+    [
+        (("max", "2000000", "1000000"), 1_000_000, 600_000),
+        (("max", "1000000", "max"), 1_000_000, 400_000),
+        # The narrower limit has more room than the wider one, in which others are.
+        (("1500000", "max", "1200000"), 1_200_000, 500_000),
+    ],
+)
+def test_every_group_above_counts(
+    control_groups: Callable[..., None],
+    membership: str,
+    root: str,
+    names: Mapping[str, str],
+    limits: tuple[str, str, str],
+    total: int,
+    available: int,
+) -> None:
+    folders = (f"{root}/jobs", f"{root}/jobs/7", f"{root}/jobs/7/step")
+    used = (1_000_000, 600_000, 400_000)
+    groups = [memory(folder, names, *of) for folder, *of in zip(folders, limits, used, strict=True)]
+    control_groups(membership, {name: text for group in groups for name, text in group.items()})
+    assert (cpu.memory_bytes(), cpu.available_memory_bytes()) == (total, available)
+
+
+@pytest.mark.parametrize("membership", ["", "0::/somewhere/else\n", "0::/../../outside\n"])
+def test_a_group_that_cannot_be_seen_from_here_is_its_root(
+    control_groups: Callable[..., None], membership: str
+) -> None:
+    control_groups(membership, memory(".", UNIFIED, "1000000", 400_000))
+    assert cpu.memory_bytes() == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/job\n", {"job/cpu.max": "150000 100000"}, 1.5),
+        ("0::/job\n", {"job/cpu.max": "150000 100000", "cpu.max": "100000 100000"}, 1.0),
+        ("0::/job\n", {"job/cpu.max": "max 100000"}, None),
+        ("3:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000"}, 0.5),
+        ("3:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_control_group_s_quota_is_counted_in_cores(
+    control_groups: Callable[..., None], membership: str, files: Mapping[str, str], cores: float | None
+) -> None:
+    control_groups(membership, files)
+    assert control_group.quota_cores() == cores
+
+
+def test_kills_for_memory_are_counted_in_this_process_s_own_group(control_groups: Callable[..., None]) -> None:
+    control_groups("0::/job\n", {"job/memory.events": "oom 5\noom_kill 3", "memory.events": "oom 9\noom_kill 9"})
+    assert control_group.oom_kills() == 3
 
 
 @pytest.mark.parametrize(
     ("probe", "value", "finding"),
     [
         ("host.load_average", 7.0, "load average 7.0 on 2 cores"),
-        ("cpu.quota_cores", 1.5, "its control group allows 1.5 of 2 cores: .* use --threads 1"),
+        ("control_group.quota_cores", 1.5, "its control group allows 1.5 of 2 cores: .* use --threads 1"),
         ("cpu.available_memory_bytes", 2**28, "only 0.2 GiB of memory are available: close programs"),
     ],
 )
 def test_a_finding_says_what_to_do(monkeypatch: pytest.MonkeyPatch, probe: str, value: float, finding: str) -> None:
     quiet = {
         "host.load_average": 0.1,
-        "cpu.quota_cores": None,
+        "control_group.quota_cores": None,
         "cpu.usable_cores": 2,
         "cpu.available_memory_bytes": 2**34,
         "cpu.memory_bytes": 2**34,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from kvat_core.probes import cpu, gpu, host
+from kvat_core.probes import control_group, cpu, gpu, host
 
 BUSY_LOAD_PER_CORE = 0.5
 """Load average per core above which another process is likely to share a core with the measurement."""
@@ -48,7 +48,7 @@ def _load() -> str | None:
 
 
 def _quota() -> str | None:
-    quota, cores = cpu.quota_cores(), cpu.usable_cores()
+    quota, cores = control_group.quota_cores(), cpu.usable_cores()
     if quota is None or quota >= cores:
         return None
     return (

@@ -184,9 +184,7 @@ class Run:
     @cached_property
     def timing_failures(self) -> list[Failed]:
         """Ends of timed cells, without those for which a broken machine is to blame."""
-        return [
-            failed for failed in self.failed if not self._is_about_memory(failed) and failed not in self._excused
-        ]
+        return [failed for failed in self.failed if not self._is_about_memory(failed) and failed not in self._excused]
 
     @property
     def memory_failures(self) -> list[Failed]:

@@ -12,7 +12,8 @@ from pydantic import JsonValue
 
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
-from kvat_core.probes.cpu import available_memory_bytes, quota_cores, usable_cores
+from kvat_core.probes.control_group import quota_cores
+from kvat_core.probes.cpu import available_memory_bytes, usable_cores
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 

@@ -15,7 +15,7 @@ from typing import IO
 
 import psutil
 
-from kvat_core.probes import cpu
+from kvat_core.probes import control_group
 
 STDERR_TAIL_BYTES = 2000
 MARK = "KVAT_WORKER"
@@ -37,7 +37,7 @@ class Child:
     def __init__(self, environment: Mapping[str, str], grace_s: float) -> None:
         self._grace_s = grace_s
         self._mark = secrets.token_hex(8)
-        self._oom_kills = cpu.oom_kills()
+        self._oom_kills = control_group.oom_kills()
         self._released = False
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
@@ -123,7 +123,7 @@ class Child:
 
     def was_killed_for_memory(self) -> bool:
         """Whether the kernel's out-of-memory killer has struck somewhere since it was started."""
-        return self._oom_kills is not None and self._oom_kills != cpu.oom_kills()
+        return self._oom_kills is not None and self._oom_kills != control_group.oom_kills()
 
     def _signal_group(self, number: signal.Signals) -> None:
         # Not after it was reaped: then its id may be somebody else's.
