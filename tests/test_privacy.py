@@ -26,16 +26,16 @@ WORDS = ("zyzzogeton", "quixolite", "brumblefax", "vorpaline", "snickerdrum", "t
 TEXT = " ".join(WORDS)
 """A prompt; each of its words betrays it."""
 NAMES = {
-    "HOME": "homesparrow",
-    "TMPDIR": "tempsparrow",
+    "HOME": "it's: homesparrow",
+    "TMPDIR": "it's: tempsparrow",
     "LOGNAME": "logsparrow",
     "USER": "usersparrow",
     "profile": "profilesparrow",
     "prompt": "promptsparrow",
-    "model": "modelsparrow",
+    "model": "it's: modelsparrow",
     "out": "outsparrow",
 }
-"""Parts of paths, and names of the user."""
+"""Parts of paths, some hard to tell from the text around them, and names of the user; the last word betrays each."""
 
 ECHO = '''
 """An engine that tells what it should keep to itself; the model's name says where."""
@@ -60,7 +60,8 @@ class EchoAdapter(type(FakeEngine().adapter(None))):
 
     def run_decode(self, prompt, max_new_tokens):
         timeline, self.text = super().run_decode(prompt, max_new_tokens), prompt.texts[0]
-        names = " ".join([os.getcwd() + "/x", *map(os.environ.get, ("HOME", "LOGNAME", "USER")), socket.gethostname()])
+        paths = [os.getcwd() + "/x", os.environ["HOME"] + "/y", os.environ["TMPDIR"] + "/z"]
+        names = " ".join([*paths, *map(os.environ.get, ("HOME", "LOGNAME", "USER")), socket.gethostname()])
         if self.tells:
             match self.where:
                 case "stdout":
@@ -106,6 +107,10 @@ class EchoEngine(FakeEngine):
     def adapter(self, scratch):
         return EchoAdapter()
 '''
+
+
+def betrayer(name: str) -> str:
+    return name.split()[-1]
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class World:
     def betrayed(self, *shown: bytes) -> set[str]:
         """Canaries in what was written or shown."""
         everything = [*shown, *(name.encode() + b"\n" + data for name, data in self.written())]
-        private = [*WORDS, *NAMES.values(), hashlib.sha256(TEXT.encode()).hexdigest()]
+        private = [*WORDS, *map(betrayer, NAMES.values()), hashlib.sha256(TEXT.encode()).hexdigest()]
         found = {word for word in private if any(word in text.decode("latin-1").lower() for text in everything)}
         host = re.compile(rb"\b" + re.escape(socket.gethostname()).encode() + rb"\b")
         return found | {"the host's name" for text in everything if host.search(text)}
@@ -206,7 +211,8 @@ def test_the_search_finds_what_it_is_for(world: World) -> None:
     world.out.mkdir()
     (world.out / "report.md").write_text(f"{WORDS[0].upper()} on {socket.gethostname()}")
     (world.root / NAMES["TMPDIR"] / NAMES["model"]).write_bytes(b"")
-    assert world.betrayed(b"", NAMES["USER"].encode()) == {WORDS[0], NAMES["model"], NAMES["USER"], "the host's name"}
+    found = {WORDS[0], betrayer(NAMES["model"]), betrayer(NAMES["USER"]), "the host's name"}
+    assert world.betrayed(b"", NAMES["USER"].encode()) == found
 
 
 @pytest.mark.parametrize("model", ["fake:tiny", "fake:secret"])
@@ -258,8 +264,8 @@ def test_an_engine_that_tells_names_is_quoted_without_them(world: World) -> None
     outcome = world.tune("--model", "echo:names", "--profile", sample, "--json")
     assert (outcome.code, outcome.err) == (0, b"")
     failure = world.record("failed")["failure"]
-    assert failure["reason"] == "nobody knows …/x …/… … … …"
-    assert failure["stderr_tail"] == "…/x …/… … … …\n"
+    assert failure["reason"] == "nobody knows …/x …/y …/z …/… … … …"
+    assert failure["stderr_tail"] == "…/x …/y …/z …/… … … …\n"
     assert world.betrayed(outcome.out) == set()
 
 

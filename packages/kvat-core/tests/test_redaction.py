@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,38 @@ from kvat_core.schema import PromptSource
         ('File "/home/somebody/models/mine/config.json", line 3', 'File "…/config.json", line 3'),
         ("cannot open '/data/secret project/x'", "cannot open '…/x'"),
         ("C:\\\\Users\\\\somebody\\\\model.bin is bad", "…/model.bin is bad"),
+        ("cannot open /data/secret project/old models/x.bin", "cannot open …/x.bin"),
+        ("cannot open /data/a/x.bin or /data/b/y.bin", "cannot open …/x.bin or …/y.bin"),
+        ("cannot open /data/a/x.bin, and 3/4 of it", "cannot open …/x.bin, and 3/4 of it"),
         ("rate 3/4 at 12:30", "rate 3/4 at 12:30"),
     ],
 )
 def test_of_a_path_the_last_part_stays(printed: str, shown: str) -> None:
     assert anonymous(printed.replace("\\\\", "\\")) == shown
+
+
+NAMED = "it's all: mine"
+"""A directory that no pattern would find."""
+
+
+@pytest.mark.parametrize("variable", ["HOME", "TMPDIR"])
+def test_where_the_user_is_at_home_is_known_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    (tmp_path / NAMED / "here").mkdir(parents=True)
+    monkeypatch.setenv(variable, str(tmp_path / NAMED / "here"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert anonymous(f"no file {tmp_path}/{NAMED}/here/x.bin") == "no file …/x.bin"
+    assert anonymous(f"no file {tmp_path}/{NAMED}/y.bin") == "no file …/y.bin"
+
+
+@pytest.mark.parametrize("told", ["{}", "./{}", "{here}/{}"])
+def test_paths_that_are_named_are_taken_out_as_given_and_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = told.format(f"{NAMED}/llama/config.json", here=tmp_path)
+    assert anonymous(f"no {text} is there", [f"{NAMED}/llama"]) == "no …/config.json is there"
 
 
 def test_host_and_home_are_taken_out() -> None:

@@ -18,6 +18,7 @@ from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import Operation, PromptSpec, Started
 from kvat_core.measure.redaction import anonymous, published, without_prompt
 from kvat_core.measure.supervisor import Client, WorkerFailed
+from kvat_core.outputs import is_path
 from kvat_core.run import Run
 from kvat_core.schema import (
     Applied,
@@ -179,7 +180,7 @@ class _Launch:
         if applied.mismatches:
             reason = "; ".join(applied.mismatches)
             raise WorkerFailed(Failure(kind="not_applied", phase="prove", reason=reason), alive=True)
-        values = published(applied.values, self._bench.source)
+        values = published(applied.values, self._bench.source, self._paths)
         applied = Applied.model_validate({"values": values})
         self._bench.record(Proof(launch=self._order.launch, cell=cell, applied=applied))
 
@@ -248,7 +249,7 @@ class _Launch:
             if failed.alive:
                 return
             raise _LaunchOver from failed
-        processes = tuple(str(published(name, self._bench.source)) for name in resources.processes)
+        processes = tuple(str(published(name, self._bench.source, self._paths)) for name in resources.processes)
         resources = resources.model_copy(update={"processes": processes})
         process_bytes = self._bench.process_device_bytes(self._client.pid)
         if process_bytes is not None:
@@ -256,6 +257,12 @@ class _Launch:
             seen = {"device_process_bytes": process_bytes, "peak_device_bytes": largest}
             resources = resources.model_copy(update=seen)
         self._bench.record(Measured(launch=self._order.launch, cells=(cell,), resources=resources))
+
+    @property
+    def _paths(self) -> tuple[str, ...]:
+        """Where the model lies, if it is a local one: with a scheme before its path, or without."""
+        model_id = str(self._load.load.get("model_id"))
+        return tuple(path for path in (model_id, model_id.partition(":")[2]) if path and is_path(path))
 
     def _scratch(self) -> Path:
         """One directory per load, so that no other candidate has filled its compiler's cache."""
@@ -328,9 +335,9 @@ class _Launch:
 
         A reason is the adapter's own words, and is kept unless it is the prompt's after all.
         """
-        reason = anonymous(without_prompt(failure.reason, self._bench.source))
+        reason = anonymous(without_prompt(failure.reason, self._bench.source), self._paths)
         if self._bench.source.kind == "preset":
-            tail = anonymous(failure.stderr_tail)
+            tail = anonymous(failure.stderr_tail, self._paths)
         else:
             tail = failure.stderr_tail and "(withheld: the prompts are the user's own)"
         return failure.model_copy(update={"reason": reason, "stderr_tail": tail})

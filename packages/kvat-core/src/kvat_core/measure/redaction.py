@@ -6,9 +6,12 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from pydantic import JsonValue
 
@@ -22,15 +25,23 @@ COMMON = 20
 _CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 _WHITE = re.compile(r"\\[nrt]")
 _QUOTED = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\][^'\"\n]*[/\\]")
-_DIRECTORIES = re.compile(r"(?:[A-Za-z]:)?[/\\\\](?:[^\s'\"/\\\\:]+[/\\\\])+")
+_WORD = r"[^\s'\"/\\:…]+"
+_DIRECTORIES = re.compile(rf"(?:[A-Za-z]:)?[/\\](?:{_WORD}(?:(?<![,;.)]) {_WORD}){{0,2}}[/\\])+")
+"""Of a path without quotation marks; a directory's name may well hold spaces, but is no sentence."""
 
 
-def anonymous(text: str) -> str:
+def anonymous(text: str, paths: Iterable[str] = ()) -> str:
     """The text with every directory, the host's name and the user's taken out.
 
     Of a path only its last part stays, as in the plan. A user without a home folder has nothing to hide there.
+
+    Args:
+        text: what somebody else has written.
+        paths: that are known to be in it perhaps, relative ones or with names that no pattern would find.
     """
-    text = _DIRECTORIES.sub("…/", _QUOTED.sub("…/", text))
+    for directory in _directories([*paths, *_standing_paths()]):
+        text = re.sub(rf"(?<![\w./\\-])(?:\.[/\\])?{re.escape(directory)}[/\\]", "…/", text)
+    text = _DIRECTORIES.sub("…/", _QUOTED.sub("…/", text)).replace("……/", "…/")
     for name in filter(None, _names()):
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
     return text
@@ -46,22 +57,42 @@ def without_prompt(text: str, source: PromptSource) -> str:
     return WITHHELD if source.kind != "preset" and _repeats(text, source.value or "") else text
 
 
-def published(value: JsonValue, source: PromptSource) -> JsonValue:
+def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ()) -> JsonValue:
     """A JSON value of an adapter as it may be written down: each text without prompt, paths and names.
 
     Texts that were withheld and differed still do, since equal ones make aliases.
+
+    Args:
+        value: of an adapter that has seen the prompt.
+        source: see `without_prompt`.
+        paths: see `anonymous`.
     """
     match value:
         case str() if without_prompt(value, source) != value:
             return f"{WITHHELD} {private.keyed_digest(value) or secrets.token_hex(32)}"
         case str():
-            return anonymous(value)
+            return anonymous(value, paths)
         case list():
-            return [published(inner, source) for inner in value]
+            return [published(inner, source, paths) for inner in value]
         case dict():
-            keys = (str(published(key, source)) for key in value)
-            return dict(zip(keys, (published(inner, source) for inner in value.values()), strict=True))
+            keys = (str(published(key, source, paths)) for key in value)
+            return dict(zip(keys, (published(inner, source, paths) for inner in value.values()), strict=True))
     return value
+
+
+def _standing_paths() -> Iterator[str]:
+    """Where this process and its user are at home, whatever it is doing."""
+    yield from (os.path.expanduser("~"), tempfile.gettempdir(), sys.prefix, sys.base_prefix)  # noqa: PTH111
+    with suppress(FileNotFoundError):  # somebody may have deleted it
+        yield str(Path.cwd())
+
+
+def _directories(paths: Iterable[str]) -> list[str]:
+    """The paths and all above them, as they are given and in full, the longest first."""
+    given = [Path(path) for path in paths if path]
+    every = [*given, *(path.absolute() for path in given), *(Path(os.path.realpath(path)) for path in given)]
+    found = {str(one) for path in every for one in (path, *path.parents) if one.name}
+    return sorted(found, key=len, reverse=True)
 
 
 def _names() -> Iterator[str]:
