@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,16 @@ import psutil
 import pytest
 
 from kvat_core.measure.child import MARK, STDERR_TAIL_BYTES, Child
+from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
 
 Preload = Callable[[str], dict[str, str]]
 LONG_S = 500.0
 """A time that no test waits for."""
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return psutil.Process().num_fds(), psutil.Process().num_threads()
 
 
 @pytest.fixture
@@ -140,9 +147,6 @@ def test_ending_twice_is_as_good_as_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_descriptor_and_no_thread_is_left() -> None:
-    def held() -> tuple[int, int]:
-        return psutil.Process().num_fds(), psutil.Process().num_threads()
-
     with started({}):
         pass
     before = held()
@@ -151,6 +155,20 @@ def test_no_descriptor_and_no_thread_is_left() -> None:
             assert held() > before
             child.end()
     assert held() == before
+
+
+def test_where_its_output_cannot_be_read_no_child_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = held()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(WorkerFailed, match=r"no process can be started \(can't start new thread\)") as caught:
+            WorkerProcess({})
+    assert (caught.value.failure.kind, caught.value.failure.phase) == ("error", "start")
+    assert held() == before
+    assert not psutil.Process().children()
 
 
 def test_what_cannot_be_killed_is_said_to_be_alive(monkeypatch: pytest.MonkeyPatch) -> None:

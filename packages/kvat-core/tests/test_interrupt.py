@@ -202,7 +202,7 @@ def test_a_signal_while_the_machine_is_looked_at_leaves_nothing(
     with start(SLOW) as tuning:
         tuning.wait_until_its_worker("starts")
         tuning.process.send_signal(signal.SIGTERM)
-        message = "interrupted before measuring began; nothing was changed"
+        message = "interrupted; measuring had not begun, and nothing was changed"
         assert tuning.end() == (Interrupted.exit_code, message)
     assert not tuning.out.exists()
 

@@ -378,7 +378,7 @@ def test_a_run_stopped_before_anything_is_decidable_says_so(command: MakeCommand
 
 def test_a_run_stopped_before_it_has_begun_leaves_nothing(command: MakeCommand) -> None:
     stopped = command()
-    with pytest.raises(Interrupted, match=r"^interrupted before measuring began; nothing was changed$"):
+    with pytest.raises(Interrupted, match=r"^interrupted; measuring had not begun, and nothing was changed$"):
         stopped.run(1)
     assert not stopped.out.exists()
 

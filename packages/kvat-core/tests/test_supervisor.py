@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from kvat_core.errors import Interrupted, UsageError
+from kvat_core.errors import CannotWrite, EndedAtOnce, Interrupted, UsageError
 from kvat_core.fake import FakeEngine
 from kvat_core.measure.child import MARK, Child
 from kvat_core.measure.deadlines import Limits
@@ -369,6 +369,28 @@ def test_what_cannot_be_killed_is_said_to_be_so_after_a_failure_of_another_kind(
             raise ValueError("of the launch")
         assert psutil.pid_exists(worker.pid)
     assert caught.value.failure.kind == "unkillable"
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "message"),
+    [
+        (CannotWrite("the disk is full"), CannotWrite, "the disk is full; besides, a worker cannot be killed"),
+        (Interrupted("interrupted"), Interrupted, "interrupted; besides, a worker cannot be killed"),
+        (KeyboardInterrupt(), EndedAtOnce, "interrupted, but a worker cannot be killed"),
+    ],
+)
+def test_what_cannot_be_killed_is_said_to_be_so_after_what_ends_a_run(
+    scripted: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    told: type[BaseException],
+    message: str,
+) -> None:
+    with scripted(FOREVER) as worker, monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda *_: None)
+        patch.setattr(Child, "close_requests", lambda _: None)
+        with pytest.raises(told, match=f"^{message} and may hold its device: wait until it is gone"), worker:
+            raise error
 
 
 def test_a_prompt_that_nobody_reads_ends_by_its_deadline(scripted: Scripted) -> None:

@@ -42,5 +42,11 @@ class Interrupted(KvatError):
     exit_code = 130
 
 
+class EndedAtOnce(KvatError):
+    """The user has ended the run a second time, and what it had started goes on regardless."""
+
+    exit_code = 130
+
+
 class Paused(KvatError):
     """The machine, not a candidate, is in the way of going on; what had been measured is in the journal."""

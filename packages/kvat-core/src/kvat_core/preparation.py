@@ -205,7 +205,7 @@ def _ask_child(
             f"{failure.reason}); {_ADVICE.get(failure.kind, 'mend its installation, or name another --model')}"
         ) from failed
     except Interrupted as stopped:
-        raise Interrupted("interrupted before measuring began; nothing was changed") from stopped
+        raise Interrupted(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
     return probe, shape
 
 

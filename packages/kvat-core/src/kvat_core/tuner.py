@@ -93,6 +93,7 @@ def tune(
         AllFailed: no candidate has figures; the journal in `out` tells why.
         NothingFeasible: none of those that have may be recommended.
         CannotWrite: a result cannot be written; what was measured before is in the journal.
+        EndedAtOnce: ended a second time, while a worker cannot be killed; what was measured is in the journal.
         Interrupted, Paused: stopped before anything could be decided; what was measured is in the journal.
         JournalDamaged: the journal that should be resumed does not verify; nothing was changed.
     """
@@ -150,8 +151,8 @@ def _measure(bench: Bench, stop: Stop, display: _Display) -> KvatError | None:
             display.show()
             carry_out(order, bench)
             breaker.after_launch()
-    except Interrupted:
-        stopped: KvatError = Interrupted("interrupted; go on with --resume")
+    except Interrupted as interrupted:
+        stopped: KvatError = Interrupted(f"{interrupted}; go on with --resume")
         bench.record(Stopped(kind="interrupted", reason="by the user"))
     except Paused as paused:
         stopped = paused

@@ -59,10 +59,18 @@ class Child:
         finally:
             os.close(requests)
             os.close(replies)
-        self._started = psutil.Process(self.pid).create_time()
-        os.set_blocking(self.requests, False)
-        assert self._process.stdout is not None
-        self._output = _Tail(self._process.stdout)
+        try:
+            self._started = psutil.Process(self.pid).create_time()
+            os.set_blocking(self.requests, False)
+            assert self._process.stdout is not None
+            self._output = _Tail(self._process.stdout)
+        except BaseException:
+            # A system that is out of threads has started the process all the same.
+            with self._process:
+                self._process.kill()
+            os.close(self.requests)
+            os.close(self.replies)
+            raise
 
     @property
     def pid(self) -> int:

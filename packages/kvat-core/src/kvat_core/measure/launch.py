@@ -17,7 +17,7 @@ from kvat_core.measure.conditions import Watch, causes
 from kvat_core.measure.deadlines import Deadlines, Limits
 from kvat_core.measure.messages import Operation, PromptSpec, Started
 from kvat_core.measure.redaction import anonymous, published, without_prompt
-from kvat_core.measure.supervisor import Client, WorkerFailed
+from kvat_core.measure.supervisor import HELD, Client, WorkerFailed
 from kvat_core.outputs import is_path
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -361,10 +361,7 @@ def _validated(kind: type[_Answer], value: Any, phase: str) -> _Answer:
 
 def held(device: str) -> Paused:
     """What is to be told when a worker cannot be killed."""
-    return Paused(
-        f"a worker cannot be killed and may hold {device}: wait until it is gone, or restart the machine, "
-        "then go on with --resume"
-    )
+    return Paused(f"{HELD.format(device)}, then go on with --resume")
 
 
 class _LaunchOver(Exception):

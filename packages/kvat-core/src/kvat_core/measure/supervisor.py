@@ -13,13 +13,15 @@ from typing import Protocol
 from pydantic import JsonValue
 from typing_extensions import Self
 
-from kvat_core.errors import KvatError, UsageError
+from kvat_core.errors import EndedAtOnce, KvatError, UsageError
 from kvat_core.measure import messages
 from kvat_core.measure.child import Child
 from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.messages import BadMessage, Beat, Operation, Reply, Request
 from kvat_core.schema import Failure
+
+HELD = "a worker cannot be killed and may hold {}: wait until it is gone, or restart the machine"
 
 TICK_S = 0.25
 """How often a wait looks at deadlines, at the process, and at a wish to stop."""
@@ -86,6 +88,7 @@ class WorkerProcess:
 
     Raises:
         WorkerFailed: the system starts no process; on leaving, if the worker cannot be killed.
+        EndedAtOnce: on leaving by a `KeyboardInterrupt`, if the worker cannot be killed.
     """
 
     def __init__(self, environment: Mapping[str, str], *, stop: Stop | None = None, grace_s: float = 10.0) -> None:
@@ -93,8 +96,8 @@ class WorkerProcess:
         self._grace_s = grace_s
         try:
             self._child = Child(environment, grace_s)
-        except OSError as error:
-            reason = f"no process can be started ({error.strerror})"
+        except (OSError, RuntimeError) as error:
+            reason = f"no process can be started ({getattr(error, 'strerror', None) or error})"
             raise WorkerFailed(Failure(kind="error", phase="start", reason=reason), alive=False) from error
 
     @property
@@ -196,13 +199,22 @@ class WorkerProcess:
             if kind is None:
                 self._child.wait(self._grace_s)
             code = self._child.end(at_once=kind is KeyboardInterrupt)
-        except KeyboardInterrupt:
-            self._child.end(at_once=True)
+        except KeyboardInterrupt as interrupt:
+            if self._child.end(at_once=True) is None:
+                raise _held(interrupt) from interrupt
             raise
-        # What ends the whole run is told first; everything else must not hide that the device is held.
-        if code is None and not isinstance(error, KeyboardInterrupt | KvatError):
-            failure = Failure(kind="unkillable", phase="cleanup", reason="it did not end, and cannot be killed")
-            raise WorkerFailed(failure, alive=False)
+        if code is None:
+            raise _held(error) from error
+
+
+def _held(error: BaseException | None) -> Exception:
+    """What ends a run is told with what it leaves behind; nothing else may hide that the device is held."""
+    if isinstance(error, KeyboardInterrupt):
+        return EndedAtOnce(f"interrupted, but {HELD.format('its device')}")
+    if isinstance(error, KvatError):
+        return type(error)(f"{error}; besides, {HELD.format('its device')}")
+    failure = Failure(kind="unkillable", phase="cleanup", reason="it did not end, and cannot be killed")
+    return WorkerFailed(failure, alive=False)
 
 
 def _signal_name(number: int) -> str:
