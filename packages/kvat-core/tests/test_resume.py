@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,7 @@ def test_another_request_is_refused_naming_what_differs(
     before = files(stopped.out)
     with pytest.raises(UsageError, match=f"cannot be resumed: {difference}") as caught:
         stopped.resume(**changes)
-    assert str(caught.value).endswith("repeat the same command, or start anew with --force")
+    assert str(caught.value).endswith("; mend that, or start anew with --force")
     assert files(stopped.out) == before
 
 
@@ -285,6 +285,31 @@ def test_another_machine_is_refused(command: MakeCommand, monkeypatch: pytest.Mo
     monkeypatch.setattr("kvat_core.machine.cpu.cpu_name", lambda: "another one")
     with pytest.raises(UsageError, match=r"machine\.cpu was '[^']*' and is 'another one'"):
         stopped.resume()
+
+
+def test_what_was_excluded_for_want_of_memory_stays_excluded_when_there_is_more(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(settings: Mapping[str, str], free: int) -> str | None:
+        return None if settings["cache"] != "static" else f"does not fit the {free} bytes free" if free < 9 else None
+
+    def with_free(free: int) -> None:
+        monkeypatch.setattr(FakeEngine, "check", lambda self, settings, shape, probe: check(settings, free))
+
+    with_free(3)
+    stopped = command()
+    stopped.run(40)
+    with_free(9)
+    resumed = stopped.resume().plan
+    with_free(3)
+    assert decided(resumed) == decided(command("whole").run().plan)
+    # The other way round it cannot go on: a candidate that has begun would not fit any more.
+    with_free(9)
+    roomy = command("roomy")
+    roomy.run(40)
+    with_free(4)
+    with pytest.raises(UsageError, match=r"cache=static is tried; now it is excluded \(does not fit the 4 bytes free"):
+        roomy.resume()
 
 
 @pytest.fixture

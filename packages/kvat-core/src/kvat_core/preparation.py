@@ -31,6 +31,7 @@ from kvat_core.schema import (
     Recipe,
     Space,
     Target,
+    digest,
 )
 
 DEFAULT_PROFILE = "ci-micro"
@@ -105,6 +106,7 @@ def prepare(
 
     Raises:
         UsageError: unusable input or environment, or another process writes into the directory.
+        JournalDamaged: the journal that should be resumed does not verify.
         CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
@@ -132,7 +134,8 @@ def prepare(
     # What was described is what is loaded, however the hub changes meanwhile.
     model = model.model_copy(update={"revision": shape.revision, "allow_download": False})
     target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
-    entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
+    excluded = resume.exclusions(out / outputs.JOURNAL) if request.resume else {}
+    entries, recipes = _candidates(request, engine, probe, shape, target, fitted, excluded)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     if source.kind != "preset":
@@ -240,7 +243,13 @@ def _header(
 
 
 def _candidates(
-    request: TuneRequest, engine: Engine, probe: Probe, shape: ModelShape, target: Target, profile: Profile
+    request: TuneRequest,
+    engine: Engine,
+    probe: Probe,
+    shape: ModelShape,
+    target: Target,
+    profile: Profile,
+    excluded_before: Mapping[str, str],
 ) -> tuple[list[CandidateEntry], dict[Cell, Recipe]]:
     """Candidates with their recipes; two with the same recipes are one."""
     entries = space.enumerate_candidates(
@@ -249,7 +258,7 @@ def _candidates(
         pinned=request.pinned,
         excluded=request.excluded,
         incumbent=request.incumbent,
-        check=lambda settings: engine.check(settings, shape, probe),
+        check=lambda settings: excluded_before.get(digest(settings)) or engine.check(settings, shape, probe),
     )
     recipes: dict[Cell, Recipe] = {}
     seen: dict[tuple[str, ...], str] = {}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from kvat_core.journal import read_journal
 from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Cell, Header, Recipe, digest
 
@@ -24,6 +28,24 @@ def request_digest(header: Header, entries: Sequence[CandidateEntry], recipes: M
         "recipes": {f"{cell.candidate} {cell.scenario}": recipe.key for cell, recipe in recipes.items()},
     }
     return digest(decisive, 32)
+
+
+def exclusions(journal: Path) -> dict[str, str]:
+    """Why the run in a journal has excluded candidates, by their ids; nothing if it cannot be read.
+
+    They stay excluded: what did not fit the memory that was free then may fit now, and would change the run.
+
+    Raises:
+        JournalDamaged: a line up to the last candidate does not verify.
+    """
+    found: dict[str, str] = {}
+    with suppress(OSError):
+        for event in islice(read_journal(journal), 1, None):
+            if not isinstance(event, CandidateEntry):
+                break
+            if event.exclusion is not None:
+                found[event.candidate.id] = event.exclusion
+    return found
 
 
 def difference(run: Run, header: Header, entries: Sequence[CandidateEntry]) -> str | None:

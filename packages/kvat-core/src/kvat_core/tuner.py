@@ -213,7 +213,7 @@ def _resumed(path: Path, prepared: Preparation) -> tuple[Run, Journal]:
         raise UsageError(f"{path} ends before anything was measured; start anew with --force instead of --resume")
     run = Run.from_events(events)
     if differs := resume.difference(run, prepared.header, prepared.entries):
-        raise UsageError(f"{path} cannot be resumed: {differs}; repeat the same command, or start anew with --force")
+        raise UsageError(f"{path} cannot be resumed: {differs}; mend that, or start anew with --force")
     return run, continue_journal(path)[1]
 
 
