@@ -7,6 +7,7 @@ import json
 import socket
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_where_the_user_is_at_home_is_known_whatever_it_is_called(
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert anonymous(f"no file {tmp_path}/{NAMED}/here/x.bin") == "no file …/x.bin"
     assert anonymous(f"no file {tmp_path}/{NAMED}/y.bin") == "no file …/y.bin"
+
+
+def test_where_there_is_neither_a_current_directory_nor_a_temporary_one_the_rest_is_taken_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone() -> NoReturn:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(tempfile, "gettempdir", gone)
+    monkeypatch.setattr(Path, "cwd", gone)
+    assert anonymous(f"no file {Path.home()}/x.bin") == "no file …/x.bin"
 
 
 @pytest.mark.parametrize("told", ["{}", "./{}", "{here}/{}"])

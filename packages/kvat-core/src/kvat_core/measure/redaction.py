@@ -82,9 +82,10 @@ def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ())
 
 def _standing_paths() -> Iterator[str]:
     """Where this process and its user are at home, whatever it is doing."""
-    yield from (os.path.expanduser("~"), tempfile.gettempdir(), sys.prefix, sys.base_prefix)  # noqa: PTH111
-    with suppress(FileNotFoundError):  # somebody may have deleted it
-        yield str(Path.cwd())
+    yield from (os.path.expanduser("~"), sys.prefix, sys.base_prefix)  # noqa: PTH111
+    for folder in (tempfile.gettempdir, Path.cwd):
+        with suppress(FileNotFoundError):  # somebody may have deleted it
+            yield str(folder())
 
 
 def _directories(paths: Iterable[str]) -> list[str]:
