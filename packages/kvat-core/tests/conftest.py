@@ -126,7 +126,10 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def make_run() -> MakeRun:
-    """A run from paces: candidate name → seconds per block. The first candidate is the incumbent."""
+    """A run from paces: candidate name → seconds per block. The first candidate is the incumbent.
+
+    Peaks are of processes of their own, shared ones of the launches that timed them.
+    """
 
     def make(
         paces: Mapping[str, Sequence[float]],
@@ -135,6 +138,7 @@ def make_run() -> MakeRun:
         compiles: Sequence[str] = (),
         same: Sequence[tuple[str, str]] = (),
         peaks: Mapping[str, int] | None = None,
+        shared_peaks: Mapping[str, Sequence[int]] | None = None,
         **changes: object,
     ) -> Run:
         run = Run(header(**changes))
@@ -159,6 +163,11 @@ def make_run() -> MakeRun:
             run.add(LaunchOrder(launch=number, round=9, purpose="memory", cells=(cell,)))
             resources = Resources(processes=("worker",), peak_host_bytes=peak)
             run.add(Measured(launch=number, cells=(cell,), resources=resources))
+        for name, values in (shared_peaks or {}).items():
+            cell = Cell(candidate=name, scenario=SCENARIO.key)
+            for number, peak in enumerate(values, 100):
+                resources = Resources(processes=("worker",), peak_host_bytes=peak)
+                run.add(Measured(launch=number, cells=(cell,), resources=resources))
         return run
 
     return make

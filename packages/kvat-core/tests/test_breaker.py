@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvat_core import Plan, Profile, TuneRequest, TuneResult, scoring, tune
+from kvat_core import Plan, TuneRequest, TuneResult, tune
 from kvat_core.errors import Paused, UsageError
 from kvat_core.journal import read_journal
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import Run
-from kvat_core.schema import Conditions, Failure, FailureKind, Objective, Scenario, Stopped
+from kvat_core.schema import Conditions, Failure, FailureKind, Stopped
 
 Sabotage = Callable[["Saboteur", str, dict[str, Any]], None]
 
@@ -301,26 +301,63 @@ def test_a_device_that_breaks_after_the_work_is_checked(tuned: Any, tmp_path: Pa
     assert journal(tmp_path).health[0].ok
 
 
-def test_one_peak_that_cannot_be_read_has_memory_compared_in_shared_processes(
-    tuned: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_peak_that_could_not_be_read_once_is_read_in_another_process(tuned: Any, tmp_path: Path) -> None:
+    trials: list[int] = []
+
+    def once(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "memory" and not trials:
+            trials.append(worker.number)
+            raise end("crash", phase)
+
+    plan = tuned(once).plan
+    assert trials
+    assert plan.candidate(plan.incumbent.id).scenarios[0].peak_host_bytes is not None
+    assert not any("peak" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(("kind", "trials"), [("timeout", 2), ("oom_host", 1)])
+def test_a_peak_that_cannot_be_read_is_told_and_not_tried_for_ever(
+    tuned: Any, tmp_path: Path, kind: FailureKind, trials: int
 ) -> None:
-    monkeypatch.setattr(scoring, "MEMORY_PLENTY", 0.0)
-
-    def unreadable(worker: Saboteur, phase: str, _: Any) -> None:
+    def always(worker: Saboteur, phase: str, _: Any) -> None:
         if phase == "memory" and (worker.kernel, worker.cache) == ("auto", "dynamic"):
-            raise end("timeout", phase)
+            raise end(kind, phase)
 
-    scenario = Scenario(prompt_tokens=64, output_tokens=8)
-    objective = Objective(ttft=0.3, decode=0.3, memory=0.4)
-    profile = Profile(name="m", scenarios=(scenario,), objective=objective, launches=3, samples=1)
-    told = tuned(unreadable, profile=profile, space="full").plan
-    assert any("(memory: timeout, sabotage): default" in note for note in told.notes)
-    assert any("compared by the peaks in shared processes" in note and "default" in note for note in told.notes)
-    whole = tuned(lambda *_: None, profile=profile, space="full", force=True).plan
-    assert not any("peak" in note for note in whole.notes)
-    scores = {c.label: (c.score.value, whole.candidate(c.id).score.value) for c in told.candidates if c.score}
-    # The fake engine's peaks are the same in both kinds of process, so that nothing else differs.
-    assert all(one == pytest.approx(other) for one, other in scores.values())
+    plan = tuned(always).plan
+    assert len(journal(tmp_path).failed) == trials
+    assert plan.candidate(plan.incumbent.id).scenarios[0].peak_host_bytes is None
+    assert any(f"peak memory could not be read (memory: {kind}, sabotage): default" in note for note in plan.notes)
+
+
+def test_a_device_that_breaks_while_a_peak_is_read_ends_the_launch_and_nobody_else(tuned: Any, tmp_path: Path) -> None:
+    def sabotage(worker: Any, phase: str, _: Any) -> None:
+        if phase == "resources" and worker.number == 2:
+            worker.broken = True
+        # A broken device answers, and from then on breaks whatever is asked of it.
+        if getattr(worker, "broken", False):
+            raise WorkerFailed(Failure(kind="device_error", phase=phase, reason="sabotage"), alive=True)
+
+    plan = tuned(sabotage).plan
+    assert set(states(plan).values()) == {"ok"}
+    assert [failed.failure.phase for failed in journal(tmp_path).failed] == ["resources"]
+
+
+def test_unreadable_peaks_excuse_no_failure_before_a_machine_broke(tuned: Any, tmp_path: Path) -> None:
+    broken = True
+
+    def sabotage(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "resources":
+            raise WorkerFailed(Failure(kind="error", phase=phase, reason="sabotage"), alive=True)
+        if phase == "warm-up" and (worker.kernel, worker.cache) == ("eager", "static"):
+            raise end("timeout", phase)
+        if broken and worker.number > 4 and phase in ("warm-up", "health"):
+            raise end("device_error", phase)
+
+    paused = tuned(sabotage, out=tmp_path / "paused")
+    assert isinstance(paused.stopped, Paused)
+    broken = False
+    plan = tuned(sabotage, out=tmp_path / "paused", resume=True).plan
+    assert [label for label, state in states(plan).items() if state == "failed"] == ["cache=static kernel=eager"]
 
 
 def test_a_worker_that_is_left_at_its_end_pauses_the_run(tuned: Any) -> None:

@@ -28,7 +28,14 @@ from kvat_core.schema import PromptSource
         ("cannot open /data/secret project/old models/x.bin", "cannot open …/x.bin"),
         ("cannot open /data/a/x.bin or /data/b/y.bin", "cannot open …/x.bin or …/y.bin"),
         ("cannot open /data/a/x.bin, and 3/4 of it", "cannot open …/x.bin, and 3/4 of it"),
+        ("cannot open /data/Kunde Meier und Soehne GmbH/x.bin", "cannot open …/x.bin"),
+        ("g++ -I/data/a b/include -L/data/c/lib", "g++ -I…/include -L…/lib"),
+        ("cannot open models/secret/x.bin", "cannot open models…/x.bin"),
         ("rate 3/4 at 12:30", "rate 3/4 at 12:30"),
+        (
+            "3/4 vs 5/6, input/output and read/write, km/h or m/s",
+            "3/4 vs 5/6, input/output and read/write, km/h or m/s",
+        ),
     ],
 )
 def test_of_a_path_the_last_part_stays(printed: str, shown: str) -> None:
@@ -48,6 +55,17 @@ def test_where_the_user_is_at_home_is_known_whatever_it_is_called(
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert anonymous(f"no file {tmp_path}/{NAMED}/here/x.bin") == "no file …/x.bin"
     assert anonymous(f"no file {tmp_path}/{NAMED}/y.bin") == "no file …/y.bin"
+    assert anonymous(f"g++ -I{tmp_path}/{NAMED}/here/x.h") == "g++ -I…/x.h"
+    assert anonymous(f"file://{tmp_path}/{NAMED}/here/x.json is bad") == "file://…/x.json is bad"
+
+
+@pytest.mark.parametrize(
+    "below", ["Kunde Meier und Soehne GmbH", "Smith, John", "a: b", "My Very Own Secret Project of 2026 and more of it"]
+)
+def test_in_quotation_marks_whatever_is_below_goes_as_well(below: str) -> None:
+    assert anonymous(f"cannot open '{Path.home()}/{below}/x.bin'") == "cannot open '…/x.bin'"
+    assert anonymous(f'File "{Path.cwd()}/{below}/x.py", line 3') == 'File "…/x.py", line 3'
+    assert anonymous(f'File "/elsewhere/{below}/x.py", line 3') == 'File "…/x.py", line 3'
 
 
 def test_where_there_is_neither_a_current_directory_nor_a_temporary_one_the_rest_is_taken_out(
@@ -124,6 +142,13 @@ def test_a_sample_text_of_ours_may_be_repeated() -> None:
     assert (
         without_prompt("Dear Dr Ågren, please keep this letter", OWN.model_copy(update={"kind": "preset"})) != WITHHELD
     )
+
+
+def test_values_that_differ_in_what_was_taken_out_still_differ() -> None:
+    one, other = (published(f"cache in /data/{name}/cache.bin", OWN) for name in ("one", "other"))
+    assert str(one).startswith("cache in …/cache.bin ")
+    assert one != other
+    assert one == published("cache in /data/one/cache.bin", OWN)
 
 
 @pytest.mark.parametrize("key", [True, False])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -33,9 +33,11 @@ from kvat_core.schema import (
     LaunchOrder,
     Objective,
     PromptSource,
+    Recipe,
     Resumed,
     Scenario,
     Stopped,
+    Target,
 )
 
 SMALL = Profile(
@@ -308,8 +310,62 @@ def test_what_was_excluded_for_want_of_memory_stays_excluded_when_there_is_more(
     roomy = command("roomy")
     roomy.run(40)
     with_free(4)
-    with pytest.raises(UsageError, match=r"cache=static is tried; now it is excluded \(does not fit the 4 bytes free"):
+    with pytest.raises(UsageError, match=r"cache=static was tried; now it is excluded \(does not fit the 4 bytes free"):
         roomy.resume()
+    # A complete run needs no memory any more.
+    with_free(9)
+    complete = command("complete")
+    plan = complete.run().plan
+    with_free(4)
+    assert complete.resume().plan == plan
+
+
+def test_a_run_with_equal_recipes_is_continued(command: MakeCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = FakeEngine.recipe
+
+    def alike(self: FakeEngine, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
+        kernel = "auto" if settings["kernel"] == "flash" else settings["kernel"]
+        return recipe(self, {**settings, "kernel": kernel}, scenario, target)
+
+    monkeypatch.setattr(FakeEngine, "recipe", alike)
+    stopped = command()
+    stopped.run(40)
+    plan = stopped.resume().plan
+    assert any("has the same recipe as" in (candidate.reason or "") for candidate in plan.candidates)
+    assert decided(plan) == decided(command("whole").run().plan)
+
+
+def test_another_recipe_for_a_candidate_is_refused(command: MakeCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = command()
+    stopped.run(40)
+    recipe = FakeEngine.recipe
+
+    def changed(self: FakeEngine, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
+        made = recipe(self, settings, scenario, target)
+        return made.model_copy(update={"warmup": 3}) if settings["kernel"] == "eager" else made
+
+    monkeypatch.setattr(FakeEngine, "recipe", changed)
+    with pytest.raises(UsageError, match=r"what is done for (cache=\w+ )?kernel=eager differs"):
+        stopped.resume()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"excluded": (("cache", "static"),)}, {"incumbent": {"cache": "static"}}, "excluded was"),
+        (
+            {"excluded": (("cache", "static"), ("cache", "paged"))},
+            {"excluded": (("kernel", "eager"), ("kernel", "flash"))},
+            "excluded was",
+        ),
+    ],
+)
+def test_another_request_is_told_by_what_differs_and_nothing_else(
+    command: MakeCommand, before: dict[str, Any], now: dict[str, Any], named: str
+) -> None:
+    command(**before).run(30)
+    with pytest.raises(UsageError, match=named):
+        command(**now).resume()
 
 
 @pytest.fixture
@@ -391,6 +447,23 @@ def test_a_snippet_of_before_does_not_stay_beside_a_new_plan(
     assert warning.startswith("the snippet was not written: KeyError")
     assert "now called snippet.py.1" in warning
     assert not (stopped.out / "snippet.py").exists()
+
+
+def test_a_file_that_cannot_be_moved_aside_is_named_and_costs_no_plan(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = command()
+    stopped.run(40)
+
+    def broken(*_: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FakeEngine, "snippet", broken)
+    monkeypatch.setattr(Path, "rename", broken)
+    result = stopped.resume()
+    (warning,) = result.warnings
+    assert "snippet.py is of an earlier state of this run and cannot be moved aside (Permission denied)" in warning
+    assert read_plan(stopped.out / PLAN) == result.plan
 
 
 def test_a_run_stopped_before_anything_is_decidable_says_so(command: MakeCommand) -> None:

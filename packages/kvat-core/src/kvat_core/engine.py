@@ -202,7 +202,8 @@ class EngineAdapter(ABC):
     def run_decode(self, prompt: Prompt, max_new_tokens: int) -> Timeline:
         """The timed call: exactly `max_new_tokens` tokens per prompt, by the prepared recipe.
 
-        Returns a timeline whose counts are what really happened; core rejects wrong ones.
+        Returns a timeline whose counts are what really happened; core rejects wrong ones. Requests that moved in step
+        are told once, with their number as `count`.
         """
 
     def tokens_seen(self) -> int | None:

@@ -77,12 +77,15 @@ def set_aside(out: Path, names: Iterable[str]) -> tuple[Path, ...]:
     Raises:
         CannotWrite: the system refuses.
     """
-    old = [path for path in (out / name for name in names) if path.exists()]
+    return tuple(_put_aside(path) for path in (out / name for name in names) if path.exists())
+
+
+def _put_aside(path: Path) -> Path:
     try:
-        return tuple(path.rename(_free_name(path)) for path in old)
+        return path.rename(_free_name(path))
     except OSError as error:
         raise CannotWrite(
-            f"{old[0]} is of an earlier state of this run and cannot be moved aside ({error.strerror}); do not use it"
+            f"{path} is of an earlier state of this run and cannot be moved aside ({error.strerror}); do not use it"
         ) from error
 
 

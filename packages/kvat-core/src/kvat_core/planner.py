@@ -155,16 +155,19 @@ def _memory_notes(run: Run) -> list[str]:
         f"peak memory could not be read ({_in_words(failure)}): {_few(labels)}"
         for failure, labels in _grouped([(one.failure, _choice(run, one.cell.candidate).label) for one in _unread(run)])
     ]
-    scored = run.header.profile.objective.shares()["memory"] > 0 and scoring.memory_binds(run)
+    if run.header.profile.objective.shares()["memory"] == 0 or not scoring.memory_binds(run):
+        return notes
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
     unknown = [_choice(run, name).label for name in measured if scoring.own_peak(run, name) is None]
-    if scored and unknown:
-        how = (
-            "memory is compared by the peaks in shared processes, which hold what came before as well"
-            if scoring.compared_peaks(run)
-            else "memory does not count in the scores, although it is short"
+    if unknown and scoring.compared_peaks(run):
+        notes.append(
+            "peak memory is not known, so that of the processes that timed it counts, which held what came before as "
+            f"well and is too large rather than too small: {_few(unknown)}"
         )
-        notes.append(f"{how}, because the peak in a process of its own is not known: {_few(unknown)}")
+    elif unknown:
+        notes.append(
+            f"memory is short, and yet does not count in the scores, because peaks are not known: {_few(unknown)}"
+        )
     return notes
 
 
@@ -180,7 +183,9 @@ def _unread(run: Run) -> list[Failed]:
 
 def _worker_notes(run: Run) -> list[str]:
     """What became of workers that had done their work."""
-    ends = [(end.failure, f"launch {end.launch}") for end in run.ended if end.failure]
+    # One that cannot be killed pauses the run, which says so.
+    failures = [(end.failure, f"launch {end.launch}") for end in run.ended if end.failure]
+    ends = [(failure, launch) for failure, launch in failures if failure.kind != "unkillable"]
     return [
         f"a worker failed after its work ({_in_words(failure)}), which costs no figures: {_few(launches)}"
         for failure, launches in _grouped(ends)

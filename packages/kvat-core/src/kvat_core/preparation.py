@@ -106,7 +106,6 @@ def prepare(
 
     Raises:
         UsageError: unusable input or environment, or another process writes into the directory.
-        JournalDamaged: the journal that should be resumed does not verify.
         CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
@@ -134,15 +133,14 @@ def prepare(
     # What was described is what is loaded, however the hub changes meanwhile.
     model = model.model_copy(update={"revision": shape.revision, "allow_download": False})
     target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
-    excluded = resume.exclusions(out / outputs.JOURNAL) if request.resume else {}
-    entries, recipes = _candidates(request, engine, probe, shape, target, fitted, excluded)
+    entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     if source.kind != "preset":
         known_by = private.keyed_digest(source.value or "")
         unknown = () if known_by else (NO_KEY_NOTE,)
         header = header.model_copy(update={"prompt_digest": known_by, "notes": (*header.notes, *unknown)})
-    header = header.model_copy(update={"request": resume.request_digest(header, entries, recipes)})
+    header = header.model_copy(update={"request": resume.request_digest(header, entries)})
     return Preparation(out, header, tuple(entries), recipes, source, probe.device_uuid)
 
 
@@ -243,13 +241,7 @@ def _header(
 
 
 def _candidates(
-    request: TuneRequest,
-    engine: Engine,
-    probe: Probe,
-    shape: ModelShape,
-    target: Target,
-    profile: Profile,
-    excluded_before: Mapping[str, str],
+    request: TuneRequest, engine: Engine, probe: Probe, shape: ModelShape, target: Target, profile: Profile
 ) -> tuple[list[CandidateEntry], dict[Cell, Recipe]]:
     """Candidates with their recipes; two with the same recipes are one."""
     entries = space.enumerate_candidates(
@@ -258,18 +250,19 @@ def _candidates(
         pinned=request.pinned,
         excluded=request.excluded,
         incumbent=request.incumbent,
-        check=lambda settings: excluded_before.get(digest(settings)) or engine.check(settings, shape, probe),
+        check=lambda settings: engine.check(settings, shape, probe),
     )
     recipes: dict[Cell, Recipe] = {}
-    seen: dict[tuple[str, ...], str] = {}
+    seen: dict[str, str] = {}
     distinct: list[CandidateEntry] = []
     for entry in entries:
         name = entry.candidate.id
         if entry.exclusion is None:
             mine = {s.key: engine.recipe(entry.candidate.settings, s, target) for s in profile.scenarios}
-            first = seen.setdefault(tuple(recipe.key for recipe in mine.values()), entry.candidate.label)
-            if first != entry.candidate.label:
-                entry = entry.model_copy(update={"exclusion": f"has the same recipe as {first}"})
+            known_by = digest([recipe.key for recipe in mine.values()])
+            first = seen.setdefault(known_by, entry.candidate.label)
+            same = None if first == entry.candidate.label else f"has the same recipe as {first}"
+            entry = entry.model_copy(update={"exclusion": same, "recipes": known_by})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
         else:
             entry = entry.model_copy(update={"exclusion": anonymous(entry.exclusion)})

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvat_core.journal import read_journal
 from kvat_core.run import Run
-from kvat_core.schema import CandidateEntry, Cell, Header, Recipe, digest
+from kvat_core.schema import CandidateEntry, Header, digest
 
 _VOLATILE = {"created", "probe_s", "notes", "request"}
 """Fields of a header that may differ between two starts of the same run."""
@@ -20,53 +16,43 @@ _TEXT = "the text of the prompts differs, or the key that it is known by was los
 _UNKNOWN_TEXT = "whether the prompt text is the same cannot be told, because the key that tells could not be kept"
 
 
-def request_digest(header: Header, entries: Sequence[CandidateEntry], recipes: Mapping[Cell, Recipe]) -> str:
-    """Digest of all that decides what is measured: the request, the machine, the model, and every recipe."""
+def request_digest(header: Header, entries: Sequence[CandidateEntry]) -> str:
+    """Digest of the request, the machine and the model, and of the candidates that there are."""
     decisive = {
         "header": header.model_dump(mode="json", exclude=_VOLATILE),
         "candidates": [[entry.candidate.id, entry.incumbent] for entry in entries],
-        "recipes": {f"{cell.candidate} {cell.scenario}": recipe.key for cell, recipe in recipes.items()},
     }
     return digest(decisive, 32)
 
 
-def exclusions(journal: Path) -> dict[str, str]:
-    """Why the run in a journal has excluded candidates, by their ids; nothing if it cannot be read.
-
-    They stay excluded: what did not fit the memory that was free then may fit now, and would change the run.
-
-    Raises:
-        JournalDamaged: a line up to the last candidate does not verify.
-    """
-    found: dict[str, str] = {}
-    with suppress(OSError):
-        for event in islice(read_journal(journal), 1, None):
-            if not isinstance(event, CandidateEntry):
-                break
-            if event.exclusion is not None:
-                found[event.candidate.id] = event.exclusion
-    return found
-
-
 def difference(run: Run, header: Header, entries: Sequence[CandidateEntry]) -> str | None:
     """What keeps a new start from being the continuation of a run, in words; None = nothing does.
+
+    What was excluded stays so, whatever fits into memory now. What was tried has to be what it was, unless the run is
+    complete.
 
     Args:
         run: the one in the journal.
         header: of the new start.
         entries: candidates of the new start.
     """
-    if run.header.request == header.request:
-        return _UNKNOWN_TEXT if header.profile.prompt.kind != "preset" and header.prompt_digest is None else None
-    old, new = (dict(_flat(one.model_dump(mode="json", exclude=_VOLATILE))) for one in (run.header, header))
+    if run.header.request != header.request:
+        found = _differing_fields(run.header, header) or [_other_candidates(run, entries)]
+    else:
+        found = list(_changed_candidates(run, entries))
+        if header.profile.prompt.kind != "preset" and header.prompt_digest is None:
+            found.append(_UNKNOWN_TEXT)
+    rest = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "; ".join(found[:_SHOWN] + rest) or None
+
+
+def _differing_fields(before: Header, now: Header) -> list[str]:
+    old, new = (dict(_flat(one.model_dump(mode="json", exclude=_VOLATILE))) for one in (before, now))
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    found = [
+    return [
         _TEXT if name == "prompt_digest" else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in _decisive(names)
     ]
-    found = found or list(_changed_candidates(run.candidates, entries)) or ["what is done for the candidates differs"]
-    rest = [f"{len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "; ".join(found[:_SHOWN] + rest)
 
 
 def _decisive(names: Sequence[str]) -> list[str]:
@@ -78,19 +64,26 @@ def _decisive(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _changed_candidates(before: Sequence[CandidateEntry], now: Sequence[CandidateEntry]) -> Iterator[str]:
-    """Candidates that were tried and are not any more, or the other way round: memory may be shorter now."""
-    known = {entry.candidate.id: entry for entry in before}
-    for entry in now:
+def _other_candidates(run: Run, entries: Sequence[CandidateEntry]) -> str:
+    """How candidates differ that the same request has brought about."""
+    now = next(entry.candidate for entry in entries if entry.incumbent)
+    if run.candidates and run.incumbent != now.id:
+        return f"what runs today is {now.label} now"
+    return "the candidates that there are differ"
+
+
+def _changed_candidates(run: Run, entries: Sequence[CandidateEntry]) -> Iterator[str]:
+    """Candidates that were tried and cannot be tried in the same way now: memory may be shorter."""
+    known = {} if run.end is not None else {entry.candidate.id: entry for entry in run.candidates}
+    for entry in entries:
         old = known.get(entry.candidate.id)
-        if old is not None and (old.exclusion is None) != (entry.exclusion is None):
-            yield f"before, {entry.candidate.label} {_fate(old)}; now it {_fate(entry)}"
-        if old is not None and entry.incumbent and not old.incumbent:
-            yield f"what runs today is {entry.candidate.label} now"
-
-
-def _fate(entry: CandidateEntry) -> str:
-    return "is tried" if entry.exclusion is None else f"is excluded ({entry.exclusion})"
+        if old is None or old.exclusion is not None or old.recipes == entry.recipes:
+            continue
+        label = entry.candidate.label
+        if entry.recipes is None:
+            yield f"before, {label} was tried; now it is excluded ({entry.exclusion})"
+        else:
+            yield f"what is done for {label} differs"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -32,6 +33,8 @@ ATTEMPTS_PER_SAMPLE = 2
 """Timed calls that a launch makes at most, per sample wanted, before it goes on with those it has."""
 OF_THE_CANDIDATE = ("unsupported", "not_applied", "invalid_output", "oom_device", "oom_host", "unkillable")
 """Kinds of failure for which the machine is never to blame."""
+MEMORY_TRIALS = 2
+"""Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
 _DERIVED = (
@@ -184,12 +187,12 @@ class Run:
     @cached_property
     def timing_failures(self) -> list[Failed]:
         """Ends of timed cells, without those for which a broken machine is to blame."""
-        return [failed for failed in self.failed if not self._is_about_memory(failed) and failed not in self._excused]
+        return [failed for failed in self.failed if not self.is_about_memory(failed) and failed not in self._excused]
 
     @property
     def memory_failures(self) -> list[Failed]:
         """Why peaks are unknown, without what a broken machine is to blame for; the times of these cells stand."""
-        return [failed for failed in self.failed if self._is_about_memory(failed) and failed not in self._excused]
+        return [failed for failed in self.failed if self.is_about_memory(failed) and failed not in self._excused]
 
     @cached_property
     def memory_launches(self) -> set[int]:
@@ -198,14 +201,22 @@ class Run:
 
     @cached_property
     def memory_tried(self) -> set[Cell]:
-        """Cells that had a process for their peak memory, whether it could be read or not.
+        """Cells that had their processes for peak memory: one, or a second one where the first failed.
 
-        A launch without an end was interrupted, and one that a broken machine ended is no trial either.
+        A launch without an end was interrupted, and one that a broken machine ended is no trial either. Running out of
+        memory is a result.
         """
         void = {failed.launch for failed in self._excused}
         ended = {end.launch for end in self.ended} - void
-        orders = (order for order in self.launches if order.purpose == "memory" and order.launch in ended)
-        return {cell for order in orders for cell in order.cells}
+        trials = Counter(
+            order.cells[0] for order in self.launches if order.purpose == "memory" and order.launch in ended
+        )
+        final = {failed.cell for failed in self.memory_failures if failed.failure.kind in OF_THE_CANDIDATE}
+        return {
+            cell
+            for cell, number in trials.items()
+            if cell in self.own_memory or cell in final or number >= MEMORY_TRIALS
+        }
 
     @property
     def suspects(self) -> set[str]:
@@ -224,7 +235,9 @@ class Run:
         """Of failures up to the last launch that had samples and none of them, a broken machine is to blame."""
         doubtful = [failed for failed in self.failed if failed.failure.kind not in OF_THE_CANDIDATE]
         sampled = {sample.launch for sample in self.samples}
-        sound = max(sampled - {failed.launch for failed in doubtful}, default=-1)
+        # A peak that could not be read says nothing of the times in its launch.
+        unsound = {failed.launch for failed in doubtful if failed.failure.phase != "resources"}
+        sound = max(sampled - unsound, default=-1)
         self._excused += [failed for failed in doubtful if failed.launch > sound]
 
     def _was_loaded(self, failed: Failed) -> bool:
@@ -235,7 +248,8 @@ class Run:
             for order in self.launches
         )
 
-    def _is_about_memory(self, failed: Failed) -> bool:
+    def is_about_memory(self, failed: Failed) -> bool:
+        """Whether a failure costs its cell no more than the knowledge of its peak."""
         return failed.failure.phase == "resources" or failed.launch in self.memory_launches
 
     @cached_property

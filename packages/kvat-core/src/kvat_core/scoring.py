@@ -115,19 +115,19 @@ def memory_log(run: Run, candidate_id: str) -> float:
 
 
 def compared_peaks(run: Run) -> Mapping[str, int]:
-    """Peak of the binding memory in bytes of every candidate with figures, all read in the same way.
+    """Peak of the binding memory in bytes of every candidate with figures; nothing where memory is not compared.
 
-    In processes of their own, or where one of these is unknown in the shared ones, since nobody must gain or lose by
-    how it was read. Nothing where memory is plentiful, or unknown for any of them in either way.
+    That is so where it is plentiful, or unknown for the incumbent, without whom nobody can be said to save some. For
+    another candidate whose own peak is unknown the processes that timed it give an upper bound, which wins it nothing.
     """
     if not memory_binds(run):
         return {}
     names = [name for name in run.live if complete_rounds(run, name)]
-    for read in (own_peak, _shared_peak):
-        peaks = {name: peak for name in names if (peak := read(run, name)) is not None}
-        if len(peaks) == len(names):
-            return peaks
-    return {}
+    peaks = {name: own_peak(run, name) or _upper_bound(run, name) for name in names if name != run.incumbent}
+    if run.incumbent in names:
+        peaks[run.incumbent] = own_peak(run, run.incumbent)
+    known = {name: peak for name, peak in peaks.items() if peak is not None}
+    return known if len(known) == len(peaks) else {}
 
 
 def own_peak(run: Run, candidate_id: str) -> int | None:
@@ -136,8 +136,8 @@ def own_peak(run: Run, candidate_id: str) -> int | None:
     return None if resources is None else _peak(resources)
 
 
-def _shared_peak(run: Run, candidate_id: str) -> int | None:
-    """Of each scenario the least of the launches, since all hold more than the candidate's; of these the most."""
+def _upper_bound(run: Run, candidate_id: str) -> int | None:
+    """Of each scenario the least of the launches, since each holds the candidate's peak and more; of these the most."""
     cells = [run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
     known = [[peak for one in run.shared_memory.get(cell, ()) if (peak := _peak(one)) is not None] for cell in cells]
     return max(map(min, known)) if all(known) else None

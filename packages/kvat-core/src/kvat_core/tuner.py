@@ -245,7 +245,7 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         plan = make_plan(run, ref)
     except (AllFailed, NothingFeasible) as error:
         of_before = (outputs.PLAN, outputs.SNIPPET, *(report.file_name for report in reports))
-        moved = _moved(outputs.set_aside(out, of_before))
+        moved = _moved_aside(out, of_before)
         if stopped is not None:
             raise type(stopped)(f"{stopped}; nothing can be decided yet{moved}") from error
         raise type(error)(f"{error}; {path} tells of each{moved}") from error
@@ -256,7 +256,7 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         try:
             files.extend(outputs.write_files(out, make()))
         except Exception as error:
-            warnings.append(f"{what} was not written: {_cause(error)}{_moved(outputs.set_aside(out, [name]))}")
+            warnings.append(f"{what} was not written: {_cause(error)}{_moved_aside(out, [name])}")
 
     add("the snippet", outputs.SNIPPET, partial(snippet, plan))
     for report in reports:
@@ -280,10 +280,13 @@ def _rendered(report: Report, plan: Plan) -> Mapping[str, str]:
     return {report.file_name: report.render(plan)}
 
 
-def _moved(aside: Sequence[Path]) -> str:
-    """Words on files of an earlier state of the run."""
-    names = ", ".join(path.name for path in aside)
-    return f" (what this run had before it went on is now called {names})" if aside else ""
+def _moved_aside(out: Path, names: Sequence[str]) -> str:
+    """Take files of an earlier state of the run out of the way; what became of them, in words."""
+    try:
+        aside = outputs.set_aside(out, names)
+    except CannotWrite as error:
+        return f" ({error})"
+    return f" (what this run had before it went on is now called {', '.join(p.name for p in aside)})" if aside else ""
 
 
 def _cause(error: Exception) -> str:

@@ -35,7 +35,11 @@ def rows(run: Run) -> list[Row]:
 
 def _row(run: Run, candidate: str, label: str, scenario: str) -> Row:
     samples = run.calls_of(Cell(candidate=candidate, scenario=scenario))
-    failures = [failed.failure.kind for failed in run.failed if failed.cell.candidate == candidate]
+    failures = [
+        failed.failure.kind
+        for failed in run.failed
+        if failed.cell.candidate == candidate and not run.is_about_memory(failed)
+    ]
     return Row(
         candidate=label,
         scenario=scenario,

@@ -41,7 +41,7 @@ class PlainLines:
         for order in run.launches[self._launches :]:
             _say(_launch_line(order, names, state(progress)))
         for failed in run.failed[self._failures :]:
-            _say(_failure_line(failed, names))
+            _say(_failure_line(failed, names, no_peak=run.is_about_memory(failed)))
         for end in run.ended[self._ends :]:
             if end.failure:
                 _say(_end_line(end.launch, end.failure))
@@ -76,6 +76,7 @@ def _end_line(launch: int, failure: Failure) -> str:
     return one_line(f"after the work of launch {launch}: {failure.kind} ({failure.phase}): {failure.reason}")
 
 
-def _failure_line(failed: Failed, names: Mapping[str, str]) -> str:
+def _failure_line(failed: Failed, names: Mapping[str, str], *, no_peak: bool) -> str:
     failure, label = failed.failure, names[failed.cell.candidate]
-    return one_line(f"failed: {label} in {failed.cell.scenario}: {failure.kind} ({failure.phase}): {failure.reason}")
+    what = "peak memory not read" if no_peak else "failed"
+    return one_line(f"{what}: {label} in {failed.cell.scenario}: {failure.kind} ({failure.phase}): {failure.reason}")

@@ -246,7 +246,8 @@ class _Launch:
             resources = _validated(Resources, value, "resources")
         except WorkerFailed as failed:
             self._fail(cell, failed.failure)
-            if failed.alive:
+            # To ask changes nothing in a worker, unless the answer is that its device is broken.
+            if failed.alive and failed.failure.kind != "device_error":
                 return
             raise _LaunchOver from failed
         processes = tuple(str(published(name, self._bench.source, self._paths)) for name in resources.processes)

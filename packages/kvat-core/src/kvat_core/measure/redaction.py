@@ -24,10 +24,14 @@ COMMON = 20
 
 _CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 _WHITE = re.compile(r"\\[nrt]")
-_QUOTED = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\][^'\"\n]*[/\\]")
+_QUOTED = re.compile(r"(?<=['\"])(?:…|[A-Za-z]:)?[/\\][^'\"\n]*[/\\]")
 _WORD = r"[^\s'\"/\\:…]+"
-_DIRECTORIES = re.compile(rf"(?:[A-Za-z]:)?[/\\](?:{_WORD}(?:(?<![,;.)]) {_WORD}){{0,2}}[/\\])+")
-"""Of a path without quotation marks; a directory's name may well hold spaces, but is no sentence."""
+_SPACED = re.compile(
+    rf"(?:(?<![\w.])|(?<=\s-[A-Za-z]))(?:…|[A-Za-z]:)?[/\\](?:{_WORD}(?:(?<![,;.)]) (?!-){_WORD}){{0,7}}[/\\])+"
+)
+"""An absolute path without quotation marks: a directory's name may hold spaces, but is no sentence."""
+_DIRECTORIES = re.compile(rf"(?:…|[A-Za-z]:)?[/\\](?:{_WORD}[/\\])+")
+_ABOVE = re.compile(rf"(?:[/\\]{_WORD})+(?=…[/\\])")
 
 
 def anonymous(text: str, paths: Iterable[str] = ()) -> str:
@@ -40,8 +44,11 @@ def anonymous(text: str, paths: Iterable[str] = ()) -> str:
         paths: that are known to be in it perhaps, relative ones or with names that no pattern would find.
     """
     for directory in _directories([*paths, *_standing_paths()]):
-        text = re.sub(rf"(?<![\w./\\-])(?:\.[/\\])?{re.escape(directory)}[/\\]", "…/", text)
-    text = _DIRECTORIES.sub("…/", _QUOTED.sub("…/", text)).replace("……/", "…/")
+        # A relative one is no end of another path.
+        begins = "" if directory.is_absolute() else r"(?<![\w./\\-])(?:\.[/\\])?"
+        text = re.sub(rf"{begins}{re.escape(str(directory))}[/\\]", "…/", text)
+    for shape, shown in ((_ABOVE, ""), (_QUOTED, "…/"), (_SPACED, "…/"), (_DIRECTORIES, "…/")):
+        text = shape.sub(shown, text)
     for name in filter(None, _names()):
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
     return text
@@ -60,7 +67,7 @@ def without_prompt(text: str, source: PromptSource) -> str:
 def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ()) -> JsonValue:
     """A JSON value of an adapter as it may be written down: each text without prompt, paths and names.
 
-    Texts that were withheld and differed still do, since equal ones make aliases.
+    Texts of which something was taken out and that differed still do, since equal ones make aliases.
 
     Args:
         value: of an adapter that has seen the prompt.
@@ -68,10 +75,9 @@ def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ())
         paths: see `anonymous`.
     """
     match value:
-        case str() if without_prompt(value, source) != value:
-            return f"{WITHHELD} {private.keyed_digest(value) or secrets.token_hex(32)}"
         case str():
-            return anonymous(value, paths)
+            public = anonymous(without_prompt(value, source), paths)
+            return public if public == value else f"{public} {private.keyed_digest(value) or secrets.token_hex(32)}"
         case list():
             return [published(inner, source, paths) for inner in value]
         case dict():
@@ -88,12 +94,12 @@ def _standing_paths() -> Iterator[str]:
             yield str(folder())
 
 
-def _directories(paths: Iterable[str]) -> list[str]:
+def _directories(paths: Iterable[str]) -> list[Path]:
     """The paths and all above them, as they are given and in full, the longest first."""
     given = [Path(path) for path in paths if path]
     every = [*given, *(path.absolute() for path in given), *(Path(os.path.realpath(path)) for path in given)]
-    found = {str(one) for path in every for one in (path, *path.parents) if one.name}
-    return sorted(found, key=len, reverse=True)
+    found = {one for path in every for one in (path, *path.parents) if one.name}
+    return sorted(found, key=lambda one: len(str(one)), reverse=True)
 
 
 def _names() -> Iterator[str]:

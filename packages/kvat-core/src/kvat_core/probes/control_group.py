@@ -24,7 +24,7 @@ class MemoryLimit:
 
 
 def memory_limits() -> list[MemoryLimit]:
-    """One for each group that has a limit."""
+    """One for each group that has a limit; in the older version one without has a limit that nobody reaches."""
     return [limit for folder in _folders("memory") if (limit := _memory_limit(folder)) is not None]
 
 

@@ -55,6 +55,9 @@ class CandidateEntry(Record):
     candidate: Candidate
     incumbent: bool = False
     exclusion: str | None = None
+    recipes: str | None = Field(
+        default=None, description="digest of what is done for it in all scenarios; null if nothing can be"
+    )
 
 
 class Cell(Record):
