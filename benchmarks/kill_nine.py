@@ -6,8 +6,8 @@ Runs `kvat tune` again and again and kills it at random moments: the command its
 times in a run, after which it is resumed; or its worker, after which the run goes on by itself.
 Every record that was whole in the journal right before a kill has to be there ever after, no
 worker may be left, and the plan has to be that of a run that nobody killed. After a worker was
-killed the error rate of a winner may differ, and the peak memory of a candidate may be unknown,
-if it was theirs. Where the machine was so busy that calls were rejected, only winner, verdict and
+killed the error rate of a winner may differ, the peak memory of a candidate may be unknown, if
+it was theirs, and a note may tell of the kill. Where the machine was so busy that calls were rejected, only winner, verdict and
 states are compared, and that is counted.
 """
 
@@ -49,6 +49,8 @@ GONE_S = 10.0
 """In which a worker has to be gone after its parent was killed."""
 LIMIT_S = 120.0
 """In which a run has to end."""
+KILLED = "crash, ended by SIGKILL"
+"""What a note says of a worker that was killed after its work, or before its peak was read."""
 PEAKS = ("peak_device_bytes", "peak_host_bytes", "ready_host_bytes", "kv_cache_bytes", "kv_cache_predicted_bytes")
 
 Target = Literal["command", "worker"]
@@ -274,6 +276,7 @@ class Killer:
         if was_killed:
             mine["metrics"]["error_rate"] = right["metrics"]["error_rate"] = None
             fill_in_unknown_peaks(mine, right)
+            mine["notes"] = [note for note in mine["notes"] if KILLED not in note]
         if self._tuned.disturbed:
             mine, right = outline(mine), outline(right)
         if differing := [name for name in right if mine[name] != right[name]]:
