@@ -7,8 +7,8 @@ times in a run, after which it is resumed; or its worker, after which the run go
 Every record that was whole in the journal right before a kill has to be there ever after, no
 worker may be left, and the plan has to be that of a run that nobody killed. After a worker was
 killed the error rate of a winner may differ, the peak memory of a candidate may be unknown, if
-it was theirs, and a note may tell of the kill. Where the machine was so busy that calls were rejected, only winner, verdict and
-states are compared, and that is counted.
+it was theirs, and a note may tell of the kill. Where the machine was so busy that calls were
+rejected, only winner, verdict and states are compared, and that is counted.
 """
 
 from __future__ import annotations
