@@ -290,9 +290,11 @@ def model(world: World) -> Path:
 TRANSFORMERS = ("--engine", "transformers", "--set", "attention=sdpa", "--threads", 1)
 
 
-def test_of_a_models_directory_the_last_part_is_known(world: World, model: Path) -> None:
+@pytest.mark.parametrize("also", ["", "sub/.."])
+def test_of_a_models_directory_the_last_part_is_known(world: World, model: Path, also: str) -> None:
+    (model / "sub").mkdir()
     sample = world.profile(PromptSource(kind="preset", value="chat"))
-    outcome = world.tune(*TRANSFORMERS, "--model", model, "--profile", sample, "--json")
+    outcome = world.tune(*TRANSFORMERS, "--model", model / also, "--profile", sample, "--json")
     assert (outcome.code, outcome.err) == (0, b"")
     assert world.record("header")["target"]["model"]["id"] == "./mine"
     assert world.betrayed(outcome.out) == set()

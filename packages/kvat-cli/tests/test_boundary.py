@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,10 @@ FAKE = ("tune", "--engine", "fake", "--model", "fake:tiny")
         (("tune", "--context", "abc"), "--context takes whole numbers above 0, separated by commas, e.g. 2048,4096; "),
         (("tune", "--context", "0"), "--context takes whole numbers above 0"),
         (("tune", "--context", ""), "--context takes whole numbers above 0"),
-        (("tune", "--batch", "1,,4"), "--batch takes whole numbers above 0"),
+        (
+            ("tune", "--batch", "1,,4"),
+            "--batch takes whole numbers above 0, separated by commas, e.g. 1,4,8; got '1,,4'",
+        ),
         (("tune", "--set", "cache"), "--set takes KNOB=VALUE, e.g. cache=static; got 'cache'"),
         (("tune", "--exclude", "=static"), "--exclude takes KNOB=VALUE"),
         (("tune", "--incumbent", "cache="), "--incumbent takes KNOB=VALUE"),
@@ -136,6 +140,43 @@ def test_a_reader_that_goes_away_is_no_traceback(tuned: Path) -> None:
     with os.fdopen(write, "wb") as pipe:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (130, b"")
+
+
+CLOSED = ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.parametrize("words", ["--help", "profiles none-such", "tune --engine fake --out {out}"])
+def test_streams_that_are_closed_from_the_start_change_nothing(tmp_path: Path, words: str, closed: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m kvat_cli {words.format(out=shlex.quote(str(tmp_path / 'run')))} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == (2 if "none-such" in words else 0)
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert (tmp_path / "run" / "report.md").exists() == ("tune" in words)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("words", [("--help",), ("tune", "--engine", "fake", "--out", "run")])
+def test_a_full_standard_output_is_named(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "kvat_cli", *words]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path, timeout=120
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvat: error: standard output cannot be written (No space left on device)")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "run" / "report.md").exists() == ("tune" in words)
+
+
+def test_an_error_comes_after_all_output_also_in_a_file(tmp_path: Path) -> None:
+    code = "import sys; from kvat_cli.boundary import main; print('first'); sys.exit(main(['profiles', 'none-such']))"
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, check=False)
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert first == "first"
+    assert second.startswith("kvat: error: unknown profile")
 
 
 def test_an_encoding_without_the_characters_is_no_error(tuned: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -8,11 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from kvat_core import read_plan, tuner
+from kvat_core.errors import CannotWrite, Interrupted
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import Stop
 from kvat_core.tuner import TuneRequest, TuneResult
@@ -27,7 +29,7 @@ def result_of(out: Path, **plan_changes: Any) -> TuneResult:
     return TuneResult(
         plan=plan,
         out=out,
-        files=(out / "best_plan.json",),
+        files=(out / "best_plan.json", out / "snippet.py"),
         wall_s=100.0,
         loading_s=30.0,
         importing_s=10.0,
@@ -119,7 +121,9 @@ def test_a_failure_is_one_line_while_the_run_goes_on(kvat: Run, tmp_path: Path) 
     failures = [line for line in outcome.out.splitlines() if line.startswith("failed: ")]
     assert outcome.code == 0
     assert len(failures) == len(_records(tmp_path / "run", "failed")) > 0
-    assert "crash" in failures[0]
+    assert all("crash" in line for line in failures)
+    again = [line.endswith("; it is tried once more") for line in failures]
+    assert again == [True, False]
 
 
 def test_json_is_the_plan_alone(kvat_process: Run, tmp_path: Path) -> None:
@@ -181,7 +185,34 @@ def test_a_renderer_s_complaint_is_not_swallowed_by_json(
 ) -> None:
     measured_already(monkeypatch, replace(result_of(tuned), warnings=("one", "two")))
     assert kvat("tune", "--json").err == "kvat: warning: one\nkvat: warning: two\n"
-    assert kvat("tune", "--quiet").err == ""
+    assert kvat("tune", "--quiet").err == "kvat: warning: one\nkvat: warning: two\n"
+
+
+def test_a_full_disk_behind_standard_output_hides_not_how_a_run_ended(
+    kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stopped = Interrupted("interrupted; go on with --resume")
+    measured_already(monkeypatch, replace(result_of(tuned), stopped=stopped))
+    monkeypatch.setattr("kvat_cli.summary.print_summary", full)
+    outcome = kvat("tune")
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (130, f"kvat: error: {stopped}")
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json", None])
+def test_a_file_that_could_not_be_written_is_no_success(
+    kvat: Run, tuned: Path, monkeypatch: pytest.MonkeyPatch, option: str | None
+) -> None:
+    result = result_of(tuned)
+    files = tuple(path for path in result.files if path.name != "snippet.py")
+    full = CannotWrite("snippet.py cannot be written (No space left on device); write it with --resume")
+    measured_already(monkeypatch, replace(result, files=files, unwritten=full))
+    outcome = kvat("tune", *filter(None, [option]))
+    assert outcome.code == 2
+    assert outcome.err.endswith(f"kvat: error: {full}\n")
+    assert "snippet.py" not in outcome.out
 
 
 def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:

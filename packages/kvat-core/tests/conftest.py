@@ -21,7 +21,10 @@ from kvat_core.schema import (
     Candidate,
     CandidateEntry,
     Cell,
+    Failed,
+    Failure,
     Header,
+    LaunchEnd,
     LaunchOrder,
     Machine,
     Measured,
@@ -128,7 +131,7 @@ MakeRun = Callable[..., Run]
 def make_run() -> MakeRun:
     """A run from paces: candidate name → seconds per block. The first candidate is the incumbent.
 
-    Peaks are of processes of their own, shared ones of the launches that timed them.
+    Peaks are of processes of their own; where they are unreadable, there was not enough memory to read them.
     """
 
     def make(
@@ -138,7 +141,7 @@ def make_run() -> MakeRun:
         compiles: Sequence[str] = (),
         same: Sequence[tuple[str, str]] = (),
         peaks: Mapping[str, int] | None = None,
-        shared_peaks: Mapping[str, Sequence[int]] | None = None,
+        unreadable: Sequence[str] = (),
         **changes: object,
     ) -> Run:
         run = Run(header(**changes))
@@ -163,11 +166,12 @@ def make_run() -> MakeRun:
             run.add(LaunchOrder(launch=number, round=9, purpose="memory", cells=(cell,)))
             resources = Resources(processes=("worker",), peak_host_bytes=peak)
             run.add(Measured(launch=number, cells=(cell,), resources=resources))
-        for name, values in (shared_peaks or {}).items():
+        for number, name in enumerate(unreadable, 100):
             cell = Cell(candidate=name, scenario=SCENARIO.key)
-            for number, peak in enumerate(values, 100):
-                resources = Resources(processes=("worker",), peak_host_bytes=peak)
-                run.add(Measured(launch=number, cells=(cell,), resources=resources))
+            run.add(LaunchOrder(launch=number, round=9, purpose="memory", cells=(cell,)))
+            failure = Failure(kind="oom_host", phase="memory", reason="no room")
+            run.add(Failed(launch=number, cell=cell, failure=failure))
+            run.add(LaunchEnd(launch=number, wall_s=1.0, generate_s=0.0))
         return run
 
     return make

@@ -329,6 +329,20 @@ def test_a_peak_that_cannot_be_read_is_told_and_not_tried_for_ever(
     assert any(f"peak memory could not be read (memory: {kind}, sabotage): default" in note for note in plan.notes)
 
 
+def test_nonsense_in_a_timed_launch_costs_the_second_process_for_memory_nothing(tuned: Any, tmp_path: Path) -> None:
+    trials: list[int] = []
+
+    def sabotage(worker: Saboteur, phase: str, _: Any) -> None:
+        if phase == "resources" and worker.number == 2 and worker.cache == "dynamic":
+            raise WorkerFailed(Failure(kind="invalid_output", phase=phase, reason="sabotage"), alive=True)
+        if phase == "memory" and not trials:
+            trials.append(worker.number)
+            raise end("crash", phase)
+
+    plan = tuned(sabotage).plan
+    assert plan.candidate(plan.incumbent.id).scenarios[0].peak_host_bytes is not None
+
+
 def test_a_device_that_breaks_while_a_peak_is_read_ends_the_launch_and_nobody_else(tuned: Any, tmp_path: Path) -> None:
     def sabotage(worker: Any, phase: str, _: Any) -> None:
         if phase == "resources" and worker.number == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -154,6 +155,40 @@ def test_no_descriptor_and_no_thread_is_left() -> None:
         with started({}) as child:
             assert held() > before
             child.end()
+    assert held() == before
+
+
+def test_a_child_of_a_parent_without_standard_streams_answers() -> None:
+    code = (
+        "import os, sys\n"
+        "from kvat_core.measure.deadlines import Limits\n"
+        "from kvat_core.measure.supervisor import WorkerProcess\n"
+        "told = os.dup(1)\n"
+        "os.closerange(0, 3)\n"
+        "with WorkerProcess({}) as worker:\n"
+        "    worker.call('start', {'engine': 'fake', 'scratch': None}, 'start', Limits(60))\n"
+        "    probe = worker.call('probe', {'device': None}, 'probe', Limits(60))\n"
+        "os.write(told, probe['device'].encode())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).stdout == b"cpu"
+
+
+@pytest.mark.parametrize("pipes", [0, 1])
+def test_where_pipes_run_out_nothing_is_left(monkeypatch: pytest.MonkeyPatch, pipes: int) -> None:
+    made: list[int] = []
+    pipe = os.pipe
+
+    def scarce() -> tuple[int, int]:
+        if len(made) == pipes:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(1)
+        return pipe()
+
+    before = held()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pipe", scarce)
+        with pytest.raises(WorkerFailed, match=r"no process can be started \(Too many open files\)"):
+            WorkerProcess({})
     assert held() == before
 
 

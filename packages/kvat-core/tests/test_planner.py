@@ -99,10 +99,10 @@ def test_what_is_done_without_a_peak_is_said_where_memory_is_short(make_run: Mak
     objective = Objective(ttft=0.45, decode=0.45, memory=0.1)
     profile = Profile(name="m", scenarios=(Scenario(prompt_tokens=8, output_tokens=3),), objective=objective, samples=1)
     paces = {"today": [1.0, 1.01, 0.99], "a": [2.0, 2.02, 1.98]}
-    shared = {"today": [900], "a": [950]}
-    bound = make_plan(make_run(paces, peaks={"today": 800}, shared_peaks=shared, profile=profile), REF).notes
-    without = make_plan(make_run(paces, peaks={"a": 800}, shared_peaks=shared, profile=profile), REF).notes
-    whole = make_plan(make_run(paces, peaks={"today": 800, "a": 800}, shared_peaks=shared, profile=profile), REF).notes
-    assert any("too large rather than too small: a" in note for note in bound)
+    told = make_plan(make_run(paces, peaks={"today": 800}, unreadable=["a"], profile=profile), REF).notes
+    without = make_plan(make_run(paces, peaks={"a": 800}, unreadable=["today"], profile=profile), REF).notes
+    whole = make_plan(make_run(paces, peaks={"today": 800, "a": 800}, profile=profile), REF).notes
+    assert "peak memory could not be read (memory: oom_host, no room): a" in told
+    assert any("counts as all that there is: a" in note for note in told)
     assert any("does not count in the scores, because peaks are not known: today" in note for note in without)
     assert not any("peak" in note for note in whole)

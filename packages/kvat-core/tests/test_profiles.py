@@ -119,7 +119,7 @@ def test_prompt_sources_that_give_no_text_are_said(tmp_path: Path) -> None:
     empty.write_text(" \n")
     for source, message in [
         (PromptSource(kind="preset", value="none"), "unknown prompt preset 'none'; use one of chat, documents, story"),
-        (PromptSource(kind="file", value=str(tmp_path / "absent")), "cannot read the profile's prompt file"),
+        (PromptSource(kind="file", value=str(tmp_path / "absent")), "prompt file \\(No such file or directory\\)"),
         (PromptSource(kind="file", value=str(empty)), "is empty"),
         (PromptSource(kind="text", value=None), "has no value"),
     ]:

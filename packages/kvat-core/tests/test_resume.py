@@ -312,7 +312,7 @@ def test_what_was_excluded_for_want_of_memory_stays_excluded_when_there_is_more(
     with_free(4)
     with pytest.raises(UsageError, match=r"cache=static was tried; now it is excluded \(does not fit the 4 bytes free"):
         roomy.resume()
-    # A complete run needs no memory any more.
+    # Of a complete run nothing is tried any more.
     with_free(9)
     complete = command("complete")
     plan = complete.run().plan
@@ -425,7 +425,7 @@ def test_a_partial_plan_that_turned_out_wrong_is_moved_aside(command: MakeComman
                 raise WorkerFailed(Failure(kind="oom_host", phase=phase, reason="no room"), alive=False)
             return super().call(operation, arguments, phase, limits)
 
-    moved = r"now called best_plan\.json\.1, snippet\.py\.1"
+    moved = r"best_plan\.json is of before and now called best_plan\.json\.1; snippet\.py is .* snippet\.py\.1"
     with pytest.raises(AllFailed, match=moved):
         dataclasses.replace(stopped, worker=Failing).resume()
     assert not {PLAN, "snippet.py"} & files(stopped.out).keys()
@@ -445,7 +445,7 @@ def test_a_snippet_of_before_does_not_stay_beside_a_new_plan(
     monkeypatch.setattr(FakeEngine, "snippet", broken)
     (warning,) = stopped.resume().warnings
     assert warning.startswith("the snippet was not written: KeyError")
-    assert "now called snippet.py.1" in warning
+    assert warning.endswith("(snippet.py is of before and now called snippet.py.1)")
     assert not (stopped.out / "snippet.py").exists()
 
 
@@ -462,7 +462,7 @@ def test_a_file_that_cannot_be_moved_aside_is_named_and_costs_no_plan(
     monkeypatch.setattr(Path, "rename", broken)
     result = stopped.resume()
     (warning,) = result.warnings
-    assert "snippet.py is of an earlier state of this run and cannot be moved aside (Permission denied)" in warning
+    assert "snippet.py is of before, do not use it; it cannot be moved aside (Permission denied)" in warning
     assert read_plan(stopped.out / PLAN) == result.plan
 
 

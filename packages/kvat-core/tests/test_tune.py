@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,33 @@ def test_a_lossy_candidate_is_measured_and_cannot_win(out: Path) -> None:
     assert any("may change the output" in note for note in plan.notes)
 
 
+def test_a_snippet_for_which_there_is_no_room_is_told_apart_and_costs_no_plan(
+    out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
+) -> None:
+    mkstemp = tempfile.mkstemp
+
+    def full(*, dir: Path, prefix: str) -> tuple[int, str]:
+        if "snippet" in prefix:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mkstemp(dir=dir, prefix=prefix)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    result = tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker)
+    assert read_plan(out / "best_plan.json") == result.plan
+    assert "snippet.py cannot be written (No space left on device)" in str(result.unwritten)
+    assert "--resume" in str(result.unwritten)
+    assert not result.warnings
+
+
+def test_a_snippet_in_a_strange_place_is_not_written(
+    out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
+) -> None:
+    monkeypatch.setattr(FakeEngine, "snippet", lambda self, plan: {"snippet.py": "", "../elsewhere.py": ""})
+    result = tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker)
+    assert "names a file '../elsewhere.py'" in result.warnings[0]
+    assert not (out.parent / "elsewhere.py").exists()
+
+
 def test_a_snippet_that_cannot_be_written_costs_no_plan(
     out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
 ) -> None:
@@ -333,6 +362,18 @@ def test_an_existing_run_is_refused_and_moved_aside_only_by_force(out: Path) -> 
     assert (out / "journal.jsonl").read_bytes() == before
     tuned(out, model="fake:tiny", force=True)
     assert (out.with_name("out.1") / "journal.jsonl").read_bytes() == before
+
+
+def test_a_link_goes_on_leading_where_it_led(tmp_path: Path, in_process_worker: type) -> None:
+    link, place = tmp_path / "link", tmp_path / "elsewhere" / "place"
+    place.parent.mkdir()
+    link.symlink_to(place)
+    for number in range(2):
+        request = TuneRequest(out=link, model="fake:tiny", seed=number, force=True)
+        tune(request, open_worker=in_process_worker)
+    assert link.readlink() == place
+    assert read_plan(place / "best_plan.json")
+    assert read_plan(place.with_name("place.1") / "best_plan.json")
 
 
 def test_an_out_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:

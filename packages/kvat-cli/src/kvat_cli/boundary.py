@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,11 +13,12 @@ from collections.abc import Sequence
 import typer
 
 from kvat_cli.app import app
-from kvat_cli.streams import let_go, suppress_lost_terminal
+from kvat_cli.streams import fill_in_closed, let_go, suppress_lost_terminal
 from kvat_report.text import one_line
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,11 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Taken out before parsing, so that it works at every place in the line and for errors of parsing, too.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
+    fill_in_closed()
     _never_fail_to_encode()
     try:
         return _run(words, debug)
     finally:
         let_go()
+        if arguments is None:
+            # Nothing is left but the interpreter's own end, which would turn Ctrl-C into another exit code.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -65,8 +72,14 @@ def _explain(error: Exception) -> int:
     # Not at the top: it imports pydantic, which `kvat --help` does not need.
     from kvat_core.errors import KvatError
 
+    # Where both lead to the same place, the end of the output comes before what is to be said of it.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     if isinstance(error, KvatError):
         return _say(str(error), error.exit_code)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        # Of a file it would have been told in words of its own.
+        return _say(f"standard output cannot be written ({error.strerror}); lead it elsewhere", 2)
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "kvat"

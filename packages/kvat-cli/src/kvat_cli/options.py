@@ -9,7 +9,7 @@ from kvat_core.errors import UsageError
 from kvat_core.measure.deadlines import Deadlines
 
 
-def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+def whole_numbers(option: str, text: str | None, example: str) -> tuple[int, ...]:
     """Numbers above 0, separated by commas; none where the option was not given.
 
     Raises:
@@ -19,7 +19,7 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
         return ()
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise UsageError(f"{option} takes whole numbers above 0, separated by commas, e.g. 2048,4096; got {text!r}")
+        raise UsageError(f"{option} takes whole numbers above 0, separated by commas, e.g. {example}; got {text!r}")
     return tuple(map(int, words))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from textwrap import indent
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,9 @@ def print_summary(result: TuneResult, model: str | None) -> None:
 
 def print_warnings(warnings: Sequence[str]) -> None:
     """One line each on standard error, so that they never get into a plan on standard output."""
-    for warning in warnings:
-        print(f"kvat: warning: {one_line(warning)}", file=sys.stderr)
+    with suppress(OSError):
+        for warning in warnings:
+            print(f"kvat: warning: {one_line(warning)}", file=sys.stderr)
 
 
 def _print_block(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -69,9 +71,10 @@ def _next(result: TuneResult, model: str | None) -> list[tuple[str, str]]:
     scheme, local, _ = result.plan.model.id.partition("./")
     where = [shlex.quote(model.removeprefix(scheme))] if local and model else []
     unfinished = [("the same command with --resume", "measure what is missing")] if result.plan.partial else []
+    again = [(" ".join(["python", snippet, *where]), "measure the winner again")]
     return [
         *unfinished,
-        (" ".join(["python", snippet, *where]), "measure the winner again"),
+        *(again if result.out / SNIPPET in result.files else []),
         (f"kvat apply --plan {plan} --write FILE", "write the code that runs it"),
     ]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
+from statistics import median
 
 from kvat_core.schema import Sample, Scenario, Timeline
 
@@ -37,17 +36,14 @@ def e2e_s(sample: Sample) -> float:
 
 def jitter(sample: Sample) -> float | None:
     """p95 / p50 of the token gaps; None where the engine gives totals only, or delivers most tokens in bursts."""
-    gaps = sorted((gap, request.count) for request in sample.requests for gap in request.token_gaps_s or ())
+    # As often as there are requests with them, as far as that makes a difference.
+    unit = math.gcd(*(request.count for request in sample.requests))
+    gaps = [gap for request in sample.requests for gap in (request.token_gaps_s or ()) * (request.count // unit)]
     if not gaps:
         return None
-    # How many gaps there are up to each of these, so that a gap of many requests need not be repeated.
-    ranks = list(itertools.accumulate(count for _, count in gaps))
-
-    def at(index: int) -> float:
-        return gaps[bisect.bisect_right(ranks, index)][0]
-
-    p50 = (at((ranks[-1] - 1) // 2) + at(ranks[-1] // 2)) / 2
-    return at(math.ceil(0.95 * ranks[-1]) - 1) / p50 if p50 > 0 else None
+    gaps.sort()
+    p95 = gaps[min(len(gaps) - 1, math.ceil(0.95 * len(gaps)) - 1)]
+    return p95 / median(gaps) if median(gaps) > 0 else None
 
 
 def energy_per_token_j(sample: Sample) -> float | None:

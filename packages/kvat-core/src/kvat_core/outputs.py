@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvat_core.errors import CannotWrite, UsageError
@@ -37,14 +37,17 @@ def check_out(out: Path, *, force: bool, resume: bool) -> None:
 def open_out(out: Path, force: bool) -> None:
     """Create the directory; what an earlier run left there is moved aside with `force`, and never deleted.
 
+    Of a symbolic link it is the place that it leads to.
+
     Raises:
         UsageError: it has been filled meanwhile (without `force`), or the system refuses.
     """
     try:
         _refuse_unusable(out, force)
-        if out.is_dir() and any(out.iterdir()):
-            out.rename(_free_name(out))
-        out.mkdir(parents=True, exist_ok=True)
+        place = Path(os.path.realpath(out))
+        if place.is_dir() and any(place.iterdir()):
+            place.rename(_free_name(place))
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be used: {error.strerror}; name another directory") from error
 
@@ -58,7 +61,9 @@ def _refuse_unusable(out: Path, force: bool) -> None:
         goes_on = "go on with its run with --resume, " if (out / JOURNAL).is_file() else ""
         raise UsageError(f"--out {out} is not empty; {goes_on}name another directory, or move it aside with --force")
     if Path.cwd().is_relative_to(out.resolve()):
-        raise UsageError(f"--out {out} is where you are and cannot be moved aside; name another directory")
+        raise UsageError(
+            f"--out {out} is where you are, or above it, and cannot be moved aside; name another directory"
+        )
 
 
 def _free_name(path: Path) -> Path:
@@ -68,25 +73,12 @@ def _free_name(path: Path) -> Path:
     return aside
 
 
-def set_aside(out: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """Give files that no longer tell the truth another name, where they exist; they are never deleted.
-
-    Returns:
-        Their new paths.
-
-    Raises:
-        CannotWrite: the system refuses.
-    """
-    return tuple(_put_aside(path) for path in (out / name for name in names) if path.exists())
-
-
-def _put_aside(path: Path) -> Path:
+def set_aside(path: Path) -> str:
+    """Give a file that no longer tells the truth another name; it is never deleted. What became of it, in words."""
     try:
-        return path.rename(_free_name(path))
+        return f"{path.name} is of before and now called {path.rename(_free_name(path)).name}"
     except OSError as error:
-        raise CannotWrite(
-            f"{path} is of an earlier state of this run and cannot be moved aside ({error.strerror}); do not use it"
-        ) from error
+        return f"{path.name} is of before, do not use it; it cannot be moved aside ({error.strerror})"
 
 
 def is_path(text: str) -> bool:

@@ -160,10 +160,7 @@ def _memory_notes(run: Run) -> list[str]:
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
     unknown = [_choice(run, name).label for name in measured if scoring.own_peak(run, name) is None]
     if unknown and scoring.compared_peaks(run):
-        notes.append(
-            "peak memory is not known, so that of the processes that timed it counts, which held what came before as "
-            f"well and is too large rather than too small: {_few(unknown)}"
-        )
+        notes.append(f"where peak memory could not be read, it counts as all that there is: {_few(unknown)}")
     elif unknown:
         notes.append(
             f"memory is short, and yet does not count in the scores, because peaks are not known: {_few(unknown)}"
@@ -173,11 +170,12 @@ def _memory_notes(run: Run) -> list[str]:
 
 def _unread(run: Run) -> list[Failed]:
     """Failures to read a peak that no other process of the cell has made good."""
-    known = {*run.own_memory, *run.shared_memory}
+    measured = {(one.launch in run.memory_launches, cell) for one in run.measured for cell in one.cells}
     return [
         failed
         for failed in run.memory_failures
-        if failed.cell not in (run.own_memory if failed.launch in run.memory_launches else known)
+        if (True, failed.cell) not in measured
+        and (failed.launch in run.memory_launches or (False, failed.cell) not in measured)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -176,7 +177,10 @@ def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[st
 
 def _public_id(engine: Engine, model_id: str, *, local: bool) -> str:
     schemes = (own for own in engine.own_models if own.endswith(":"))
-    return public_model_id(model_id, next((own for own in schemes if model_id.startswith(own)), ""), local=local)
+    scheme = next((own for own in schemes if model_id.startswith(own)), "")
+    # In full, because such as "." has no last part.
+    named = scheme + os.path.abspath(model_id.removeprefix(scheme)) if local else model_id  # noqa: PTH100
+    return public_model_id(named, scheme, local=local)
 
 
 def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:

@@ -6,18 +6,28 @@ import hashlib
 import hmac
 import os
 import secrets
+from functools import cache
 from pathlib import Path
 
 KEY_BYTES = 32
 
 
-def keyed_digest(text: str) -> str | None:
+def keyed_digest(text: str, *, or_for_now: bool = False) -> str | None:
     """HMAC-SHA256 of a text with the key of this installation; None where no key can be kept.
 
     A bare hash would not do: short or known texts can be found by trying.
+
+    Args:
+        text: what is to be known again.
+        or_for_now: take a key that lasts as long as this process where no other can be kept, rather than none.
     """
-    key = _key()
+    key = _key() or (_key_for_now() if or_for_now else None)
     return None if key is None else hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+@cache
+def _key_for_now() -> bytes:
+    return secrets.token_bytes(KEY_BYTES)
 
 
 def _key() -> bytes | None:

@@ -28,8 +28,8 @@ def request_digest(header: Header, entries: Sequence[CandidateEntry]) -> str:
 def difference(run: Run, header: Header, entries: Sequence[CandidateEntry]) -> str | None:
     """What keeps a new start from being the continuation of a run, in words; None = nothing does.
 
-    What was excluded stays so, whatever fits into memory now. What was tried has to be what it was, unless the run is
-    complete.
+    What was excluded stays so, whatever fits into memory now. A challenger that was tried has to be what it was, unless
+    the run is complete.
 
     Args:
         run: the one in the journal.

@@ -44,7 +44,6 @@ _DERIVED = (
     "memory_launches",
     "memory_tried",
     "own_memory",
-    "shared_memory",
     "timing_failures",
     "_alike",
 )
@@ -203,15 +202,19 @@ class Run:
     def memory_tried(self) -> set[Cell]:
         """Cells that had their processes for peak memory: one, or a second one where the first failed.
 
-        A launch without an end was interrupted, and one that a broken machine ended is no trial either. Running out of
-        memory is a result.
+        A launch without an end was interrupted, and one that a broken machine ended is no trial either. Where only the
+        candidate can be to blame, as for running out of memory, there is no second one.
         """
         void = {failed.launch for failed in self._excused}
         ended = {end.launch for end in self.ended} - void
         trials = Counter(
             order.cells[0] for order in self.launches if order.purpose == "memory" and order.launch in ended
         )
-        final = {failed.cell for failed in self.memory_failures if failed.failure.kind in OF_THE_CANDIDATE}
+        final = {
+            failed.cell
+            for failed in self.memory_failures
+            if failed.launch in self.memory_launches and failed.failure.kind in OF_THE_CANDIDATE
+        }
         return {
             cell
             for cell, number in trials.items()
@@ -257,16 +260,6 @@ class Run:
         """Peaks of the cells that had a process of their own, without a profiler."""
         alone = {order.launch: order.cells[0] for order in self.launches if order.purpose == "memory"}
         return {alone[one.launch]: one.resources for one in self.measured if one.launch in alone}
-
-    @cached_property
-    def shared_memory(self) -> Mapping[Cell, Sequence[Resources]]:
-        """Peaks of the cells in the processes that timed them, which hold what came before as well."""
-        found: dict[Cell, list[Resources]] = {}
-        for one in self.measured:
-            if one.launch not in self.memory_launches:
-                for cell in one.cells:
-                    found.setdefault(cell, []).append(one.resources)
-        return found
 
     def original(self, cell: Cell) -> Cell:
         """The cell that stands for this one: the first of the space that was proven to run the very same thing."""

@@ -117,17 +117,21 @@ def memory_log(run: Run, candidate_id: str) -> float:
 def compared_peaks(run: Run) -> Mapping[str, int]:
     """Peak of the binding memory in bytes of every candidate with figures; nothing where memory is not compared.
 
-    That is so where it is plentiful, or unknown for the incumbent, without whom nobody can be said to save some. For
-    another candidate whose own peak is unknown the processes that timed it give an upper bound, which wins it nothing.
+    That is so where it is plentiful, or not read yet for any of them, or unknown for the incumbent, without whom nobody
+    can be said to save some. Another one whose peak could not be read counts with all memory there is, which wins it
+    nothing.
     """
     if not memory_binds(run):
         return {}
-    names = [name for name in run.live if complete_rounds(run, name)]
-    peaks = {name: own_peak(run, name) or _upper_bound(run, name) for name in names if name != run.incumbent}
-    if run.incumbent in names:
-        peaks[run.incumbent] = own_peak(run, run.incumbent)
-    known = {name: peak for name, peak in peaks.items() if peak is not None}
-    return known if len(known) == len(peaks) else {}
+    peaks: dict[str, int] = {}
+    for name in (name for name in run.live if complete_rounds(run, name)):
+        peak = own_peak(run, name)
+        if peak is None and name != run.incumbent and _was_tried(run, name):
+            peak = _all_memory(run)
+        if peak is None:
+            return {}
+        peaks[name] = peak
+    return peaks
 
 
 def own_peak(run: Run, candidate_id: str) -> int | None:
@@ -136,11 +140,16 @@ def own_peak(run: Run, candidate_id: str) -> int | None:
     return None if resources is None else _peak(resources)
 
 
-def _upper_bound(run: Run, candidate_id: str) -> int | None:
-    """Of each scenario the least of the launches, since each holds the candidate's peak and more; of these the most."""
-    cells = [run.original(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
-    known = [[peak for one in run.shared_memory.get(cell, ()) if (peak := _peak(one)) is not None] for cell in cells]
-    return max(map(min, known)) if all(known) else None
+def _was_tried(run: Run, candidate_id: str) -> bool:
+    """Whether the candidate had its processes for peak memory."""
+    return any(run.original(Cell(candidate=candidate_id, scenario=key)) in run.memory_tried for key in run.scenarios)
+
+
+def _all_memory(run: Run) -> int:
+    """Of the kind whose peaks are compared, bytes."""
+    machine = run.header.machine
+    of_device = any(one.resources.peak_device_bytes is not None for one in run.measured)
+    return (machine.device_memory_bytes if of_device else None) or machine.memory_bytes
 
 
 def _peak(resources: Resources) -> int | None:

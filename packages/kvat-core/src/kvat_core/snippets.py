@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from kvat_core import discovery
 from kvat_core.errors import UsageError
 from kvat_core.outputs import SNIPPET
@@ -12,9 +14,12 @@ def snippet(plan: Plan) -> dict[str, str]:
     """The files that put a plan to use, by name; `snippet.py` is the one to run.
 
     Raises:
-        UsageError: the plan's engine is not installed, does not know a setting of the plan, or writes no code.
+        UsageError: the plan's engine is not installed, does not know a setting of the plan, writes no code, or names a
+            file that is no plain name.
     """
     files = dict(discovery.load_engine(plan.engine.name).snippet(plan))
     if SNIPPET not in files:
         raise UsageError(f"engine {plan.engine.name} writes no {SNIPPET}; apply its plan by its own means")
+    if strange := [name for name in files if PurePath(name).name != name]:
+        raise UsageError(f"engine {plan.engine.name} names a file {strange[0]!r}, which is no plain name; report that")
     return files

@@ -59,6 +59,8 @@ class TuneResult:
     generating_s: float
     warnings: tuple[str, ...]
     """What could not be written, a snippet or a report, one line each."""
+    unwritten: CannotWrite | None = None
+    """The first file that the system refused, with what to do; the plan is written."""
     stopped: KvatError | None = None
     """Why the run ended before it had measured all it meant to; its plan is partial then."""
 
@@ -250,11 +252,15 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
             raise type(stopped)(f"{stopped}; nothing can be decided yet{moved}") from error
         raise type(error)(f"{error}; {path} tells of each{moved}") from error
     files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
+    unwritten: CannotWrite | None = None
 
     def add(what: str, name: str, make: Callable[[], Mapping[str, str]]) -> None:
         """Write what foreign code makes of the plan, which must not cost the plan itself."""
+        nonlocal unwritten
         try:
             files.extend(outputs.write_files(out, make()))
+        except CannotWrite as error:
+            unwritten = unwritten or CannotWrite(f"{error}{_moved_aside(out, [name])}")
         except Exception as error:
             warnings.append(f"{what} was not written: {_cause(error)}{_moved_aside(out, [name])}")
 
@@ -272,6 +278,7 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         importing_s=importing_s,
         generating_s=times.generating_s - before.generating_s,
         warnings=tuple(warnings),
+        unwritten=unwritten,
         stopped=stopped,
     )
 
@@ -281,12 +288,9 @@ def _rendered(report: Report, plan: Plan) -> Mapping[str, str]:
 
 
 def _moved_aside(out: Path, names: Sequence[str]) -> str:
-    """Take files of an earlier state of the run out of the way; what became of them, in words."""
-    try:
-        aside = outputs.set_aside(out, names)
-    except CannotWrite as error:
-        return f" ({error})"
-    return f" (what this run had before it went on is now called {', '.join(p.name for p in aside)})" if aside else ""
+    """Take files of an earlier start of the run out of the way; what became of them, in words."""
+    done = [outputs.set_aside(out / name) for name in names if (out / name).exists()]
+    return f" ({'; '.join(done)})" if done else ""
 
 
 def _cause(error: Exception) -> str:

@@ -45,7 +45,7 @@ def tune(
     deadline: Annotated[
         Pairs, typer.Option(metavar="PHASE=S", help="Seconds before a phase counts as hung; repeatable.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:
     """Measure which settings are fastest, and hand them over.
@@ -73,8 +73,8 @@ def tune(
         device=device,
         threads=threads,
         profile=profile,
-        contexts=whole_numbers("--context", context),
-        batches=whole_numbers("--batch", batch),
+        contexts=whole_numbers("--context", context, "2048,4096"),
+        batches=whole_numbers("--batch", batch, "1,4,8"),
         space=space,
         pinned=settings("--set", pin),
         excluded=pairs("--exclude", exclude),
@@ -86,13 +86,18 @@ def tune(
     limits = deadlines("--deadline", deadline)
     with stop_on_signals() as stop, open_display(silent=quiet or as_json) as on_progress:
         result = tuner.tune(request, on_progress, stop=stop, deadlines=limits)
-    # Everything is written by now; a terminal that was lost meanwhile changes nothing of it.
-    with suppress_lost_terminal():
-        if not quiet:
+    ended = result.stopped or result.unwritten
+    # Everything is written by now; a terminal that was lost meanwhile, or a full disk behind it, changes nothing of it.
+    try:
+        with suppress_lost_terminal():
             print_warnings(result.warnings)
-        if as_json:
-            print(result.plan.model_dump_json(indent=2))
-        elif not quiet:
-            print_summary(result, model)
-    if result.stopped is not None:
-        raise result.stopped
+            if as_json:
+                print(result.plan.model_dump_json(indent=2))
+            elif not quiet:
+                print_summary(result, model)
+    except OSError as error:
+        if ended is None:
+            raise
+        raise ended from error
+    if ended:
+        raise ended

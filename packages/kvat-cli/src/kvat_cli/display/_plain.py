@@ -41,7 +41,7 @@ class PlainLines:
         for order in run.launches[self._launches :]:
             _say(_launch_line(order, names, state(progress)))
         for failed in run.failed[self._failures :]:
-            _say(_failure_line(failed, names, no_peak=run.is_about_memory(failed)))
+            _say(_failure_line(failed, names, run))
         for end in run.ended[self._ends :]:
             if end.failure:
                 _say(_end_line(end.launch, end.failure))
@@ -76,7 +76,10 @@ def _end_line(launch: int, failure: Failure) -> str:
     return one_line(f"after the work of launch {launch}: {failure.kind} ({failure.phase}): {failure.reason}")
 
 
-def _failure_line(failed: Failed, names: Mapping[str, str], *, no_peak: bool) -> str:
-    failure, label = failed.failure, names[failed.cell.candidate]
-    what = "peak memory not read" if no_peak else "failed"
-    return one_line(f"{what}: {label} in {failed.cell.scenario}: {failure.kind} ({failure.phase}): {failure.reason}")
+def _failure_line(failed: Failed, names: Mapping[str, str], run: Run) -> str:
+    failure, candidate = failed.failure, failed.cell.candidate
+    what = "peak memory not read" if run.is_about_memory(failed) else "failed"
+    where = f" in {failed.cell.scenario}" if failed.phase_is_of_a_cell else ""
+    # A crash may come from outside.
+    again = "; it is tried once more" if run.forgiven.get(candidate) == failed.launch and candidate in run.live else ""
+    return one_line(f"{what}: {names[candidate]}{where}: {failure.kind} ({failure.phase}): {failure.reason}{again}")

@@ -24,6 +24,8 @@ MARK = "KVAT_WORKER"
 _BOOTSTRAP = "import sys; sys.path[:] = filter(None, sys.path); from kvat_core.measure.worker import main; main({}, {})"
 """Takes the current directory off the path first: a file there could pass for a library."""
 _POLL_S = 0.02
+_FIRST_OF_OUR_OWN = 3
+"""Descriptors below are the standard streams."""
 
 
 class Child:
@@ -39,8 +41,13 @@ class Child:
         self._mark = secrets.token_hex(8)
         self._oom_kills = control_group.oom_kills()
         self._released = False
-        requests, self.requests = os.pipe()
-        self.replies, replies = os.pipe()
+        requests, self.requests = _pipe()
+        try:
+            self.replies, replies = _pipe()
+        except OSError:
+            os.close(requests)
+            os.close(self.requests)
+            raise
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP.format(requests, replies)],
@@ -151,6 +158,18 @@ class Child:
                 # Of older ones the environment is not read: of a process that hangs in the kernel it may not come.
                 if process.create_time() >= self._started and process.environ().get(MARK) == self._mark:
                     yield process
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends do not stand in for standard streams that are closed: a child has such of its own."""
+    low: list[int] = []
+    try:
+        while min(ends := os.pipe()) < _FIRST_OF_OUR_OWN:
+            low += ends
+    finally:
+        for end in low:
+            os.close(end)
+    return ends
 
 
 class _Tail:

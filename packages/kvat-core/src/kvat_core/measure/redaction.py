@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import socket
 import sys
 import tempfile
@@ -26,12 +25,14 @@ _CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 _WHITE = re.compile(r"\\[nrt]")
 _QUOTED = re.compile(r"(?<=['\"])(?:…|[A-Za-z]:)?[/\\][^'\"\n]*[/\\]")
 _WORD = r"[^\s'\"/\\:…]+"
-_SPACED = re.compile(
-    rf"(?:(?<![\w.])|(?<=\s-[A-Za-z]))(?:…|[A-Za-z]:)?[/\\](?:{_WORD}(?:(?<![,;.)]) (?!-){_WORD}){{0,7}}[/\\])+"
-)
-"""An absolute path without quotation marks: a directory's name may hold spaces, but is no sentence."""
+_SPACED_NAME = rf"(?:[^\s'\"/\\:….,;)]+ (?!-\S)){{0,7}}{_WORD}"
+"""A directory's name may well hold spaces, but is no sentence, and no end of a file's name or of a list is in it."""
+_ABOVE = re.compile(rf"(?:[/\\]{_SPACED_NAME})+(?=…[/\\])")
+_SPACED = re.compile(rf"(?<![\w.])(?:…|[A-Za-z]:)?[/\\](?:{_SPACED_NAME}[/\\])+")
+"""An absolute path without quotation marks."""
+_OF_OPTION = re.compile(rf"((?:^|(?<=\s))-[A-Za-z]+)(?:…|[A-Za-z]:)?[/\\](?:{_SPACED_NAME}[/\\])+")
 _DIRECTORIES = re.compile(rf"(?:…|[A-Za-z]:)?[/\\](?:{_WORD}[/\\])+")
-_ABOVE = re.compile(rf"(?:[/\\]{_WORD})+(?=…[/\\])")
+_SHAPES = ((_ABOVE, ""), (_QUOTED, "…/"), (_SPACED, "…/"), (_OF_OPTION, r"\1…/"), (_DIRECTORIES, "…/"))
 
 
 def anonymous(text: str, paths: Iterable[str] = ()) -> str:
@@ -47,7 +48,7 @@ def anonymous(text: str, paths: Iterable[str] = ()) -> str:
         # A relative one is no end of another path.
         begins = "" if directory.is_absolute() else r"(?<![\w./\\-])(?:\.[/\\])?"
         text = re.sub(rf"{begins}{re.escape(str(directory))}[/\\]", "…/", text)
-    for shape, shown in ((_ABOVE, ""), (_QUOTED, "…/"), (_SPACED, "…/"), (_DIRECTORIES, "…/")):
+    for shape, shown in _SHAPES:
         text = shape.sub(shown, text)
     for name in filter(None, _names()):
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
@@ -77,7 +78,7 @@ def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ())
     match value:
         case str():
             public = anonymous(without_prompt(value, source), paths)
-            return public if public == value else f"{public} {private.keyed_digest(value) or secrets.token_hex(32)}"
+            return public if public == value else f"{public} {private.keyed_digest(value, or_for_now=True)}"
         case list():
             return [published(inner, source, paths) for inner in value]
         case dict():

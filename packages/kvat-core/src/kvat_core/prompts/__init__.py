@@ -48,7 +48,8 @@ def _file_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"cannot read the profile's prompt file ({type(error).__name__}); give a UTF-8 text file"
+            f"cannot read the profile's prompt file ({getattr(error, 'strerror', None) or 'no text in UTF-8'}); "
+            "give a UTF-8 text file"
         ) from error
     if not text.strip():
         raise UsageError("the profile's prompt file is empty; give a UTF-8 text file")
