@@ -1,17 +1,25 @@
-"""Runs made of numbers, and workers without processes."""
+"""Runs made of numbers, workers without processes, and a command that can be stopped at any moment."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 from pydantic import JsonValue
 from typing_extensions import Self
 
+from kvat_core import Profile, Progress, TuneRequest, TuneResult, tune
+from kvat_core.errors import Interrupted
+from kvat_core.journal import read_journal
 from kvat_core.measure.deadlines import Limits
+from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.messages import Operation, Reply, Request
 from kvat_core.measure.supervisor import value_or_raise
 from kvat_core.measure.worker import Worker
@@ -21,6 +29,8 @@ from kvat_core.schema import (
     Candidate,
     CandidateEntry,
     Cell,
+    Conditions,
+    Event,
     Failed,
     Failure,
     Header,
@@ -31,7 +41,6 @@ from kvat_core.schema import (
     ModelRef,
     ModelShape,
     Objective,
-    Profile,
     Proof,
     RequestTiming,
     Resources,
@@ -181,3 +190,91 @@ def make_run() -> MakeRun:
 def in_process_worker() -> type[InProcessWorker]:
     """A worker without a process, to derive from."""
     return InProcessWorker
+
+
+SMALL = Profile(
+    name="small",
+    scenarios=(Scenario(prompt_tokens=8, output_tokens=3),),
+    objective=Objective(ttft=0.5, decode=0.5),
+    launches=2,
+    samples=2,
+)
+
+
+def calm(pid: int | None) -> Callable[[], Conditions]:
+    """A machine that disturbs nothing."""
+    return lambda: Conditions(window_s=0.0)
+
+
+class Stops(Stop):
+    """Asked at a moment of the run: its n-th progress. None = never."""
+
+    def __init__(self, moment: int | None) -> None:
+        super().__init__()
+        self.moment = moment
+        self.seen = 0
+
+    def on_progress(self, progress: Progress) -> None:
+        self.seen += 1
+        if self.seen == self.moment:
+            self.ask()
+
+
+@dataclasses.dataclass
+class Command:
+    """The same request, in one directory."""
+
+    request: TuneRequest
+    worker: Any
+
+    @property
+    def out(self) -> Path:
+        return Path(self.request.out or "")
+
+    @property
+    def journal(self) -> Path:
+        return self.out / "journal.jsonl"
+
+    def run(self, moment: int | None = None, **changes: Any) -> TuneResult:
+        """Tune, stopped at a moment."""
+        return self.watched(moment, **changes)[0]
+
+    def watched(self, moment: int | None = None, **changes: Any) -> tuple[TuneResult, int]:
+        """The same, and how many moments there were."""
+        stops = Stops(moment)
+
+        class Stoppable(self.worker):  # type: ignore[name-defined,misc]
+            """Looks at the wish to stop where a worker process does."""
+
+            def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
+                stops.check()
+                return super().call(operation, arguments, phase, limits)
+
+        request = dataclasses.replace(self.request, **changes)
+        result = tune(request, stops.on_progress, stop=stops, open_worker=Stoppable, watch=calm)
+        return result, stops.seen
+
+    def resume(self, moment: int | None = None, **changes: Any) -> TuneResult:
+        return self.run(moment, resume=True, **changes)
+
+    def stop(self, moment: int, **changes: Any) -> None:
+        """Tune until a moment, with or without a plan."""
+        with suppress(Interrupted):
+            self.run(moment, **changes)
+
+    def events(self) -> list[Event]:
+        return list(read_journal(self.journal))
+
+
+MakeCommand = Callable[..., Command]
+
+
+@pytest.fixture
+def command(tmp_path: Path, in_process_worker: Any) -> MakeCommand:
+    """A command whose directory has a name of its own."""
+
+    def make(name: str = "out", **request: Any) -> Command:
+        fields = {"model": "fake:tiny", "profile": SMALL, **request}
+        return Command(TuneRequest(out=tmp_path / name, **fields), in_process_worker)
+
+    return make

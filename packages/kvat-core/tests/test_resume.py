@@ -1,37 +1,24 @@
-"""A run that was stopped, killed or finished is continued, or refused with what differs; one process writes it."""
+"""A run that was stopped, killed or finished is continued, or refused with what differs."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import pytest
 
-from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, lock, read_plan, tune
+from kvat_core import Plan, read_plan
 from kvat_core.engine import Probe
 from kvat_core.errors import AllFailed, Interrupted, JournalDamaged, UsageError
 from kvat_core.fake import FakeEngine
-from kvat_core.journal import read_journal
-from kvat_core.lock import Owner
-from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.schema import (
-    Conditions,
     End,
-    Event,
     Failure,
     Header,
     LaunchOrder,
-    Objective,
     PromptSource,
     Recipe,
     Resumed,
@@ -40,96 +27,14 @@ from kvat_core.schema import (
     Target,
 )
 
-SMALL = Profile(
-    name="small",
-    scenarios=(Scenario(prompt_tokens=8, output_tokens=3),),
-    objective=Objective(ttft=0.5, decode=0.5),
-    launches=2,
-    samples=2,
-)
 FAILING = {"model": "fake:oom", "excluded": (("kernel", "flash"), ("cache", "paged"))}
 """One of its four candidates fails, so that all kinds of records are there."""
 
-JOURNAL, PLAN, LOCK = "journal.jsonl", "best_plan.json", "journal.lock"
+JOURNAL, PLAN = "journal.jsonl", "best_plan.json"
 
 
-def calm(pid: int | None) -> Callable[[], Conditions]:
-    """A machine that disturbs nothing."""
-    return lambda: Conditions(window_s=0.0)
-
-
-class Stops(Stop):
-    """Asked at a moment of the run: its n-th progress. None = never."""
-
-    def __init__(self, moment: int | None) -> None:
-        super().__init__()
-        self.moment = moment
-        self.seen = 0
-
-    def on_progress(self, progress: Progress) -> None:
-        self.seen += 1
-        if self.seen == self.moment:
-            self.ask()
-
-
-@dataclasses.dataclass
-class Command:
-    """The same request, in one directory."""
-
-    request: TuneRequest
-    worker: Any
-
-    @property
-    def out(self) -> Path:
-        return Path(self.request.out or "")
-
-    @property
-    def journal(self) -> Path:
-        return self.out / JOURNAL
-
-    def run(self, moment: int | None = None, **changes: Any) -> TuneResult:
-        """Tune, stopped at a moment."""
-        return self.watched(moment, **changes)[0]
-
-    def watched(self, moment: int | None = None, **changes: Any) -> tuple[TuneResult, int]:
-        """The same, and how many moments there were."""
-        stops = Stops(moment)
-
-        class Stoppable(self.worker):  # type: ignore[name-defined,misc]
-            """Looks at the wish to stop where a worker process does."""
-
-            def call(self, operation: Any, arguments: Any, phase: str, limits: Any) -> Any:
-                stops.check()
-                return super().call(operation, arguments, phase, limits)
-
-        request = dataclasses.replace(self.request, **changes)
-        result = tune(request, stops.on_progress, stop=stops, open_worker=Stoppable, watch=calm)
-        return result, stops.seen
-
-    def resume(self, moment: int | None = None, **changes: Any) -> TuneResult:
-        return self.run(moment, resume=True, **changes)
-
-    def stop(self, moment: int, **changes: Any) -> None:
-        """Tune until a moment, with or without a plan."""
-        with suppress(Interrupted):
-            self.run(moment, **changes)
-
-    def events(self) -> list[Event]:
-        return list(read_journal(self.journal))
-
-
-MakeCommand = Callable[..., Command]
-
-
-@pytest.fixture
-def command(tmp_path: Path, in_process_worker: Any) -> MakeCommand:
-    """A command whose directory has a name of its own."""
-
-    def make(name: str = "out", **request: Any) -> Command:
-        fields = {"model": "fake:tiny", "profile": SMALL, **request}
-        return Command(TuneRequest(out=tmp_path / name, **fields), in_process_worker)
-
-    return make
+MakeCommand = Callable[..., Any]
+"""Makes a command of `conftest.py`."""
 
 
 def decided(plan: Plan) -> dict[str, Any]:
@@ -369,18 +274,18 @@ def test_another_request_is_told_by_what_differs_and_nothing_else(
 
 
 @pytest.fixture
-def own_prompt(command: MakeCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Command]:
+def own_prompt(command: MakeCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """The command with a prompt text of the user's own; their key stays in a directory of the test."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
-    def make(text: str) -> Command:
+    def make(text: str) -> Any:
         prompt = PromptSource(kind="text", value=text)
-        return command(profile=SMALL.model_copy(update={"prompt": prompt}))
+        return command(profile=command().request.profile.model_copy(update={"prompt": prompt}))
 
     return make
 
 
-def test_another_text_of_ones_own_is_refused_without_telling_it(own_prompt: Callable[[str], Command]) -> None:
+def test_another_text_of_ones_own_is_refused_without_telling_it(own_prompt: Callable[[str], Any]) -> None:
     own_prompt("the first text").run(40)
     with pytest.raises(UsageError, match="cannot be resumed: the text of the prompts differs") as caught:
         own_prompt("the second text").resume()
@@ -389,7 +294,7 @@ def test_another_text_of_ones_own_is_refused_without_telling_it(own_prompt: Call
 
 
 def test_where_no_text_can_be_told_from_another_a_run_is_not_resumed(
-    own_prompt: Callable[[str], Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_prompt: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
@@ -507,131 +412,3 @@ def test_the_header_and_the_start_of_a_run_stay_what_they_were(command: MakeComm
     plan = stopped.resume().plan
     assert stopped.events()[0] == first
     assert plan.created == first.created
-
-
-# One writer ---------------------------------------------------------------------------------------
-
-HOLD = """
-import sys
-from pathlib import Path
-from kvat_core import lock
-with lock.locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    input()
-"""
-
-
-@contextmanager
-def held_by_another_process(path: Path) -> Iterator[int]:
-    """A process that holds the lock file."""
-    command = [sys.executable, "-c", HOLD, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-        process.communicate("\n")
-
-
-def without_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that has none: then the owner that the file names decides."""
-
-    def unsupported(descriptor: int, operation: int) -> None:
-        raise OSError("not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-
-
-@pytest.mark.parametrize("file_locks", [True, False])
-def test_a_second_writer_is_refused(command: MakeCommand, monkeypatch: pytest.MonkeyPatch, file_locks: bool) -> None:
-    stopped = command()
-    stopped.run(40)
-    with held_by_another_process(stopped.out / LOCK) as pid:
-        if not file_locks:
-            without_file_locks(monkeypatch)
-        before = files(stopped.out)
-        with pytest.raises(UsageError, match=f"process {pid} is writing into .*; wait for its end"):
-            stopped.resume()
-        with pytest.raises(UsageError, match=f"process {pid} is writing into"):
-            stopped.run()
-        assert files(stopped.out) == before
-    assert stopped.resume().stopped is None
-    assert not (stopped.out / LOCK).exists()
-
-
-def test_a_second_writer_in_the_same_process_is_refused(command: MakeCommand) -> None:
-    stopped = command()
-    stopped.run(40)
-    with lock.locked(stopped.out / LOCK), pytest.raises(UsageError, match=f"process {os.getpid()} is writing"):
-        stopped.resume()
-    assert stopped.resume().stopped is None
-
-
-@pytest.mark.parametrize("file_locks", [True, False])
-def test_force_does_not_move_aside_what_another_process_writes(
-    command: MakeCommand, monkeypatch: pytest.MonkeyPatch, file_locks: bool
-) -> None:
-    stopped = command()
-    stopped.run(40)
-    with held_by_another_process(stopped.out / LOCK):
-        if not file_locks:
-            without_file_locks(monkeypatch)
-        before = files(stopped.out)
-        with pytest.raises(UsageError, match="is writing into"):
-            stopped.run(force=True)
-        assert files(stopped.out) == before
-        assert [path.name for path in stopped.out.parent.iterdir()] == ["out"]
-    assert stopped.run(force=True).stopped is None
-    assert {path.name for path in stopped.out.parent.iterdir()} == {"out", "out.1"}
-
-
-def dead() -> Owner:
-    with subprocess.Popen(["true"]) as process:
-        pass
-    return alive().model_copy(update={"pid": process.pid})
-
-
-def alive() -> Owner:
-    """Of the process that runs the tests, as it would name itself."""
-    parent = psutil.Process(os.getppid())
-    return Owner(pid=parent.pid, boot=lock._boot(), started=parent.create_time())
-
-
-STALE: dict[str, Callable[[], bytes]] = {
-    "of a process that is no more": lambda: dead().model_dump_json().encode(),
-    "of one whose id came back": lambda: alive().model_copy(update={"started": 1.0}).model_dump_json().encode(),
-    "of another boot": lambda: alive().model_copy(update={"boot": "another"}).model_dump_json().encode(),
-    "torn": lambda: alive().model_dump_json().encode()[:-9],
-    "empty": lambda: b"",
-}
-
-
-@pytest.mark.parametrize("stale", STALE)
-@pytest.mark.parametrize("file_locks", [True, False])
-def test_a_lock_left_behind_is_taken_over(
-    command: MakeCommand, monkeypatch: pytest.MonkeyPatch, stale: str, file_locks: bool
-) -> None:
-    stopped = command()
-    stopped.run(40)
-    if not file_locks:
-        without_file_locks(monkeypatch)
-    (stopped.out / LOCK).write_bytes(STALE[stale]())
-    assert stopped.resume().stopped is None
-    assert not (stopped.out / LOCK).exists()
-
-
-def test_a_lock_that_names_a_living_owner_is_respected_without_file_locks(
-    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped = command()
-    stopped.run(40)
-    without_file_locks(monkeypatch)
-    (stopped.out / LOCK).write_text(alive().model_dump_json())
-    with pytest.raises(UsageError, match=f"process {os.getppid()} is writing"):
-        stopped.resume()
-
-
-def test_the_lock_names_its_owner_while_it_is_held(tmp_path: Path) -> None:
-    with lock.locked(tmp_path / LOCK):
-        owner = json.loads((tmp_path / LOCK).read_text())
-    assert owner["pid"] == os.getpid()
-    assert not (tmp_path / LOCK).exists()

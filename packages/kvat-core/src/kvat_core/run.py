@@ -258,8 +258,7 @@ class Run:
     @cached_property
     def own_memory(self) -> Mapping[Cell, Resources]:
         """Peaks of the cells that had a process of their own, without a profiler."""
-        alone = {order.launch: order.cells[0] for order in self.launches if order.purpose == "memory"}
-        return {alone[one.launch]: one.resources for one in self.measured if one.launch in alone}
+        return {one.cells[0]: one.resources for one in self.measured if one.launch in self.memory_launches}
 
     def original(self, cell: Cell) -> Cell:
         """The cell that stands for this one: the first of the space that was proven to run the very same thing."""
