@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from kvat_core import Plan, read_plan
+from kvat_core import Plan, discovery, read_plan
 from kvat_core.engine import Probe
 from kvat_core.errors import AllFailed, Interrupted, JournalDamaged, UsageError
 from kvat_core.fake import FakeEngine
@@ -352,6 +354,32 @@ def test_a_snippet_of_before_does_not_stay_beside_a_new_plan(
     assert warning.startswith("the snippet was not written: KeyError")
     assert warning.endswith("(snippet.py is of before and now called snippet.py.1)")
     assert not (stopped.out / "snippet.py").exists()
+
+
+class SecondReport:
+    name = "second"
+    file_name = "second.txt"
+
+    def render(self, plan: Plan) -> str:
+        return plan.verdict
+
+
+def test_no_file_of_before_stays_beside_a_new_plan_on_a_full_disk(
+    command: MakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "reports", lambda: ([SecondReport()], []))
+    stopped = command()
+    stopped.run(40)
+    mkstemp = tempfile.mkstemp
+
+    def full(*, dir: Path, prefix: str) -> tuple[int, str]:
+        if PLAN not in prefix:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mkstemp(dir=dir, prefix=prefix)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    assert "snippet.py cannot be written" in str(stopped.resume().unwritten)
+    assert files(stopped.out).keys() == {JOURNAL, PLAN, "snippet.py.1", "second.txt.1"}
 
 
 def test_a_file_that_cannot_be_moved_aside_is_named_and_costs_no_plan(

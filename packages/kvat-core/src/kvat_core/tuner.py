@@ -260,7 +260,8 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         try:
             files.extend(outputs.write_files(out, make()))
         except CannotWrite as error:
-            unwritten = unwritten or CannotWrite(f"{error}{_moved_aside(out, [name])}")
+            refused = CannotWrite(f"{error}{_moved_aside(out, [name])}")
+            unwritten = unwritten or refused
         except Exception as error:
             warnings.append(f"{what} was not written: {_cause(error)}{_moved_aside(out, [name])}")
 
