@@ -89,7 +89,7 @@ def test_a_crash_that_comes_back_is_a_failure_and_costs_nobody_else(tuned: Any) 
 
     plan = tuned(always).plan
     assert [label for label, state in states(plan).items() if state == "failed"] == ["cache=static kernel=eager"]
-    assert all(candidate.score.n == 3 for candidate in plan.candidates if candidate.score)
+    assert all(candidate.score.n >= 3 for candidate in plan.candidates if candidate.score)
 
 
 def test_who_crashed_has_the_next_process_for_itself(tuned: Any, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_worker_that_dies_when_asked_for_its_peak_is_told_and_costs_no_figure(
     plan = tuned(eager).plan
     run = journal(tmp_path)
     assert set(states(plan).values()) == {"ok"}
-    assert all(candidate.score.n == 3 for candidate in plan.candidates if candidate.score)
+    assert all(candidate.score.n >= 3 for candidate in plan.candidates if candidate.score)
     assert {(failed.failure.kind, failed.failure.phase) for failed in run.failed} == {("crash", "resources")}
     assert len(run.failed) == 3
     assert plan.metrics.error_rate == 0

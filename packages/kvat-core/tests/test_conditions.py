@@ -121,7 +121,7 @@ def test_a_rejected_call_is_repeated_recorded_and_not_used(tmp_path: Path, in_pr
     measured = [candidate for candidate in noisy.candidates if candidate.state == "ok" and candidate.scenarios]
     assert all(0 < candidate.rejected_share <= 0.2 for candidate in measured)
     assert not any(candidate.unstable for candidate in noisy.candidates)
-    assert all(scenario.ttft_s.n == 3 for candidate in measured for scenario in candidate.scenarios)
+    assert all(scenario.ttft_s.n >= 3 for candidate in measured for scenario in candidate.scenarios)
 
 
 def test_where_everything_is_disturbed_there_is_a_plan_that_says_so(tmp_path: Path, in_process_worker: Any) -> None:

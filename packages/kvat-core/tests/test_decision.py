@@ -65,8 +65,8 @@ def test_the_simplest_of_the_equally_fast_wins(make_run: MakeRun) -> None:
 
 
 def test_the_simplest_does_not_win_for_being_measured_badly(make_run: MakeRun) -> None:
-    # Slower than "fast" in every block, by 14 to 36 %, but so unevenly that the interval of their ratio holds 1.
-    uneven = [0.3 * math.exp(behind) for behind in (0.30, 0.45, 0.15)]
+    # Slower than "fast" in every block, by 6 to 45 %, but so unevenly that the interval of their ratio holds 1.
+    uneven = [0.3 * math.exp(behind) for behind in (0.30, 0.60, 0.06)]
     paces = {"today": [1.0, 1.0, 1.0], "plain": uneven, "fast": [0.3, 0.3, 0.3]}
     decision = decide(make_run(paces, compiles=["fast"]))
     assert decision is not None

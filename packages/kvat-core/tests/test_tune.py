@@ -95,7 +95,7 @@ def test_all_candidates_of_a_block_see_the_same_prompts_and_no_two_samples_do(
                 nonces.setdefault((self.settings, self.number), []).append(arguments["prompt"]["nonce"])
             return super().call(operation, arguments, phase, limits)
 
-    tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro"), open_worker=Recording)
+    tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro", search="grid"), open_worker=Recording)
     blocks = {worker: [seen for (_, one), seen in nonces.items() if one == worker] for _, worker in nonces}
     assert len(blocks) == 3
     for candidates in blocks.values():
@@ -150,7 +150,7 @@ def test_one_bad_candidate_costs_one_candidate(out: Path, behaviour: str, kind: 
     assert (failed[0].failure.kind, failed[0].failure.phase) == (kind, phase)
     assert (plan.winner.label, plan.verdict) == ("cache=static", "better")
     assert results["default"].score is not None
-    assert results["default"].score.n == 3
+    assert results["default"].score.n >= 3
     assert not psutil.Process().children(recursive=True)
 
 

@@ -64,6 +64,27 @@ def deadlines(option: str, texts: Sequence[str] | None) -> Deadlines:
     return Deadlines.model_validate(chosen)
 
 
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration_s(option: str, text: str | None) -> float | None:
+    """Seconds of a duration with its unit, e.g. 90s, 10m or 1.5h; None where the option was not given.
+
+    Raises:
+        UsageError: no number above 0 with one of these units.
+    """
+    if text is None:
+        return None
+    unit = _UNITS_S.get(text[-1:])
+    try:
+        seconds = math.nan if unit is None else float(text[:-1]) * unit
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{option} takes a duration with its unit, s, m or h, e.g. 10m; got {text!r}")
+    return seconds
+
+
 def _seconds(option: str, text: str) -> float:
     try:
         seconds = float(text)

@@ -1,4 +1,4 @@
-"""Find engines and reports that are installed, load them on demand, and name the broken ones.
+"""Find engines, searches and reports that are installed, load them on demand, and name the broken ones.
 
 Listing reads metadata only; a package is imported when it is asked for. The list is read
 once per process, so a package installed meanwhile is seen by the next one.
@@ -10,16 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from kvat_core.engine import CONTRACT, Engine
 from kvat_core.errors import UsageError
 from kvat_core.report import Report
 
+if TYPE_CHECKING:
+    from kvat_core.search import Search
+
 ENGINES = "kvat.engines"
 """Entry-point group of engine adapters."""
 REPORTS = "kvat.reports"
 """Entry-point group of report renderers."""
+SEARCHES = "kvat.searches"
+"""Entry-point group of search strategies."""
 
 _Loaded = TypeVar("_Loaded")
 
@@ -103,6 +108,21 @@ def pick_engine(name: str | None, model: str | None) -> Engine:
     return load_engine(_owner(model) or _sole_installed())
 
 
+def load_search(name: str) -> type[Search]:
+    """The search strategy of that name.
+
+    Raises:
+        UsageError: not installed, broken, or registered twice.
+    """
+    registrations = _registrations(SEARCHES)
+    if name not in registrations:
+        raise UsageError(f"no search is called {name!r}; choose one of {', '.join(registrations)}")
+    try:
+        return _load_only(registrations[name], _checked_search)
+    except _Unusable as error:
+        raise UsageError(_complaint("search", name, registrations[name], error)) from error
+
+
 def reports() -> tuple[list[Report], list[str]]:
     """Every usable report renderer by name, and one line for each that cannot be used."""
     usable: list[Report] = []
@@ -151,6 +171,15 @@ def _checked_engine(name: str, found: Any) -> Engine:
         )
     _check_name(name, found)
     return found()
+
+
+def _checked_search(name: str, found: Any) -> type[Search]:
+    from kvat_core.search import Search  # brings scipy, which commands that list engines do without
+
+    if not (isinstance(found, type) and issubclass(found, Search)):
+        raise _Unusable("broken", "its entry point names no subclass of kvat_core.search.Search")
+    _check_name(name, found)
+    return found
 
 
 def _checked_report(name: str, found: Any) -> Report:

@@ -42,6 +42,12 @@ class Interrupted(KvatError):
     exit_code = 130
 
 
+class BudgetUsedUp(Interrupted):
+    """The run has had the time, or the launches, that it may take; what had been measured is in the journal."""
+
+    exit_code = 3
+
+
 class EndedAtOnce(KvatError):
     """The user has ended the run a second time, and what it had started goes on regardless."""
 

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 from kvat_core.schema import Sample, Scenario, Timeline
+
+
+class Figures(NamedTuple):
+    """All that scores are made of: of one sample, or the medians of several."""
+
+    ttft_s: float
+    decode_tps: float
+    jitter: float | None
+
+
+def figures(sample: Sample) -> Figures:
+    """The three metrics at once."""
+    return Figures(ttft_s(sample), decode_tps(sample), jitter(sample))
+
+
+def medians(several: Sequence[Figures]) -> Figures:
+    """Median of each metric; no jitter where it is unknown for any."""
+    jitters = [one.jitter for one in several if one.jitter is not None]
+    return Figures(
+        median(one.ttft_s for one in several),
+        median(one.decode_tps for one in several),
+        median(jitters) if len(jitters) == len(several) else None,
+    )
 
 
 def ttft_s(sample: Sample) -> float:

@@ -108,7 +108,7 @@ def _choice(run: Run, candidate_id: str) -> Choice:
 def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes = list(header.notes)
     if run.end is None:
-        notes.append(PARTIAL_NOTE.format(f"{run.stopped.kind} {run.stopped.reason}" if run.stopped else "killed"))
+        notes.append(PARTIAL_NOTE.format(_how_it_ended(run)))
     notes += _unstable_notes(run)
     notes += _memory_notes(run)
     notes += _worker_notes(run)
@@ -118,6 +118,12 @@ def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
+
+
+def _how_it_ended(run: Run) -> str:
+    if run.stopped is None:
+        return "killed"
+    return run.stopped.reason if run.stopped.kind == "budget" else f"{run.stopped.kind} {run.stopped.reason}"
 
 
 def _compile_notes(run: Run, winner: str) -> list[str]:

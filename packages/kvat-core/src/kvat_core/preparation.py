@@ -81,6 +81,12 @@ class TuneRequest:
     incumbent: Mapping[str, str] = field(default_factory=dict)
     """Knob → value of what runs today, where it is not the engine's default."""
     seed: int = 0
+    search: str = "race"
+    """Who decides what is measured next: race, grid, or another one that is installed."""
+    budget_s: float | None = None
+    """Wall time that the whole command may take, what it hands over included; None = as long as it needs."""
+    max_launches: int | None = None
+    """Loads of the model that may be made; None = as many as it needs."""
     force: bool = False
     """Move an existing run in `out` aside."""
     resume: bool = False
@@ -110,6 +116,7 @@ def prepare(
         CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
+    discovery.load_search(request.search)
     engine = discovery.pick_engine(request.engine, request.model)
     model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)
@@ -238,6 +245,7 @@ def _header(
         pinned=dict(request.pinned),
         excluded=request.excluded,
         seed=request.seed,
+        search=request.search,
         probe_s=probe_s,
         instrument=tuple(engine.instrument()),
         notes=notes,

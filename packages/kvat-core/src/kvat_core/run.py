@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import cached_property
 
-from pydantic import JsonValue
-
+from kvat_core import metrics
 from kvat_core.schema import (
     CandidateEntry,
     Cell,
@@ -37,16 +38,9 @@ MEMORY_TRIALS = 2
 """Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
-_DERIVED = (
-    "live",
-    "failures",
-    "forgiven",
-    "memory_launches",
-    "memory_tried",
-    "own_memory",
-    "timing_failures",
-    "_alike",
-)
+_OF_CANDIDATES = ("live", "failures", "forgiven", "timing_failures", "_twins")
+"""What is worked out once from candidates, proofs and failures, and anew after the next of those."""
+_OF_LAUNCHES = ("memory_launches", "memory_tried", "own_memory")
 """What is worked out once from all records but the samples, and anew after the next of those."""
 
 
@@ -56,6 +50,8 @@ class Run:
     def __init__(self, header: Header) -> None:
         self.header = header
         self.candidates: list[CandidateEntry] = []
+        self._entries: dict[str, CandidateEntry] = {}
+        self._cells: dict[str, tuple[Cell, ...]] = {}
         self.launches: list[LaunchOrder] = []
         self.loaded: list[Loaded] = []
         self.first_calls: list[FirstCall] = []
@@ -67,13 +63,25 @@ class Run:
         self.health: list[Health] = []
         self._excused: list[Failed] = []
         self.stopped: Stopped | None = None
+        self.resumed_at = 0
+        """First launch since the run was started, or resumed."""
         self.end: End | None = None
         self.fastest_clock_mhz: int | None = None
         """Of the card that is measured on, in any sample so far."""
+        self.gaps_told = True
+        """Whether the token gaps of every sample are known."""
+        self.before_the_blocks: set[int] = set()
+        """Rounds of pilot and screening, whose figures choose who is compared and are no part of comparisons."""
+        self.after_the_choice: set[int] = set()
+        """Blocks of the run-off, which had no part in choosing its participants."""
+        self._samples_wanted: dict[int, int] = {}
         self._by_cell: dict[Cell, dict[int, dict[int, list[Sample]]]] = {}
-        self._applied: dict[Cell, dict[str, JsonValue]] = {}
+        self._applied: dict[Cell, str] = {}
+        self._figures: dict[int, metrics.Figures] = {}
         self._launches: dict[Cell, dict[int, list[Sample]]] = {}
-        """What `_launches_of` has worked out since the last record."""
+        self._used: dict[Cell, dict[int, list[Sample]]] = {}
+        self._medians: dict[Cell, dict[int, metrics.Figures]] = {}
+        """What has been worked out of a cell, as far as no later record can have changed it."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> Run:
@@ -96,18 +104,28 @@ class Run:
         self._forget(event)
         match event:
             case CandidateEntry():
+                name = event.candidate.id
                 self.candidates.append(event)
+                self._entries[name] = event
+                self._cells[name] = tuple(Cell(candidate=name, scenario=key) for key in self.scenarios)
             case LaunchOrder():
                 self.launches.append(event)
+                if event.samples is not None:
+                    self._samples_wanted[event.launch] = event.samples
+                if event.purpose in ("pilot", "screening"):
+                    self.before_the_blocks.add(event.round)
+                if event.purpose == "run_off":
+                    self.after_the_choice.add(event.round)
             case Loaded():
                 self.loaded.append(event)
             case FirstCall():
                 self.first_calls.append(event)
             case Proof():
                 self.proofs.append(event)
-                self._applied[event.cell] = event.applied.values
+                self._applied[event.cell] = json.dumps(event.applied.values, sort_keys=True)
             case Sample():
                 self.samples.append(event)
+                self.gaps_told = self.gaps_told and self.figures(event).jitter is not None
                 if event.conditions and event.conditions.gpu and event.conditions.gpu.clock_mhz:
                     self.fastest_clock_mhz = max(self.fastest_clock_mhz or 0, event.conditions.gpu.clock_mhz)
                 cell = Cell(candidate=event.candidate, scenario=event.scenario)
@@ -127,6 +145,7 @@ class Run:
                 self.stopped = event
             case Resumed():
                 self.stopped = None
+                self.resumed_at = len(self.launches)
             case End():
                 self.end = event
             case Header():
@@ -134,10 +153,17 @@ class Run:
 
     def _forget(self, event: Event) -> None:
         """Drop what was worked out from the records before, as far as another one may change it."""
-        self._launches.clear()
-        if not isinstance(event, Sample):
-            for name in _DERIVED:
-                vars(self).pop(name, None)
+        if isinstance(event, Sample):
+            for cell in self._same_as(Cell(candidate=event.candidate, scenario=event.scenario)):
+                for known in (self._launches, self._used, self._medians):
+                    known.pop(cell, None)
+            return
+        of_candidates = isinstance(event, CandidateEntry | Proof | Failed | Health)
+        for name in (*_OF_LAUNCHES, *(_OF_CANDIDATES if of_candidates else ())):
+            vars(self).pop(name, None)
+        if of_candidates:
+            for known in (self._launches, self._used, self._medians):
+                known.clear()
 
     @cached_property
     def scenarios(self) -> dict[str, Scenario]:
@@ -148,6 +174,14 @@ class Run:
     def incumbent(self) -> str:
         """Id of the candidate that every other one is compared with."""
         return next(entry.candidate.id for entry in self.candidates if entry.incumbent)
+
+    def entry(self, candidate_id: str) -> CandidateEntry:
+        """The candidate of that id."""
+        return self._entries[candidate_id]
+
+    def cells(self, candidate_id: str) -> tuple[Cell, ...]:
+        """A candidate in every scenario."""
+        return self._cells[candidate_id]
 
     @cached_property
     def live(self) -> tuple[str, ...]:
@@ -264,9 +298,13 @@ class Run:
         """The cell that stands for this one: the first of the space that was proven to run the very same thing."""
         return self._same_as(cell)[0]
 
+    def is_original(self, cell: Cell) -> bool:
+        """Whether a cell stands for itself."""
+        return cell not in self._twins or self._twins[cell][0] == cell
+
     def alias_of(self, candidate_id: str) -> str | None:
         """The other candidate that stands for this one in every scenario, if there is one."""
-        originals = {self.original(Cell(candidate=candidate_id, scenario=key)).candidate for key in self.scenarios}
+        originals = {self.original(cell).candidate for cell in self.cells(candidate_id)}
         return originals.pop() if len(originals) == 1 and candidate_id not in originals else None
 
     def samples_of(self, cell: Cell) -> dict[int, list[Sample]]:
@@ -275,31 +313,59 @@ class Run:
         They are those of the last launch that got all it wanted: nothing half-measured is used. Of these the
         rejected ones are left out, unless there is no other; a call that compiled code is never used.
         """
-        launches = self._launches_of(cell)
-        return {number: used for number, one in launches.items() if self.has_enough(one) and (used := _used(one))}
+        if cell not in self._used:
+            launches = self._launches_of(cell).items()
+            self._used[cell] = {
+                number: used for number, one in launches if self._is_complete(one) and (used := _used(one))
+            }
+        return self._used[cell]
+
+    def medians_of(self, cell: Cell) -> dict[int, metrics.Figures]:
+        """Medians of the timed calls that count for a cell, by round."""
+        if cell not in self._medians:
+            rounds = self.samples_of(cell).items()
+            self._medians[cell] = {
+                number: metrics.medians([self.figures(one) for one in samples]) for number, samples in rounds
+            }
+        return self._medians[cell]
+
+    def blocks_of(self, cell: Cell) -> dict[int, list[Sample]]:
+        """The same in the rounds in which candidates are compared; of a cell that has none, what screening saw."""
+        rounds = self.samples_of(cell)
+        blocks = {number: samples for number, samples in rounds.items() if number not in self.before_the_blocks}
+        return blocks or rounds
+
+    def figures(self, sample: Sample) -> metrics.Figures:
+        """Metrics of a sample of this run, worked out once."""
+        if id(sample) not in self._figures:
+            self._figures[id(sample)] = metrics.figures(sample)
+        return self._figures[id(sample)]
 
     def calls_of(self, cell: Cell) -> list[Sample]:
         """Timed calls of a cell so far, for a display: also those of a launch that still goes on."""
         return [sample for one in self._launches_of(cell).values() for sample in one]
 
-    def complete_rounds(self, cell: Cell) -> set[int]:
+    def complete_rounds(self, cell: Cell) -> AbstractSet[int]:
         """Rounds in which nothing more is to be measured for a cell."""
-        return set(self.samples_of(cell))
+        return self.samples_of(cell).keys()
 
-    def has_enough(self, samples: Sequence[Sample]) -> bool:
+    def has_enough(self, launch: int, samples: Sequence[Sample]) -> bool:
         """Whether a launch that made these calls of a cell need make no more."""
-        wanted = self.header.profile.samples
+        wanted = self._samples_wanted.get(launch, self.header.profile.samples)
         trusted = sum(not sample.distrust for sample in samples)
         return trusted >= wanted or len(samples) >= ATTEMPTS_PER_SAMPLE * wanted
 
+    def _is_complete(self, samples: Sequence[Sample]) -> bool:
+        """Whether the launch that made these calls of a cell, at least one, made all it wanted."""
+        return self.has_enough(samples[0].launch, samples)
+
     def rejected_share(self, candidate_id: str) -> float:
         """Share of a candidate's timed calls that were rejected, in the launches that count."""
-        cells = [Cell(candidate=candidate_id, scenario=key) for key in self.scenarios]
         calls = [
             sample
-            for cell in cells
+            for cell in self.cells(candidate_id)
             for samples in self._launches_of(cell).values()
-            if self.has_enough(samples)
+            if self._is_complete(samples)
             for sample in samples
         ]
         return sum(bool(sample.distrust) for sample in calls) / len(calls) if calls else 0.0
@@ -319,27 +385,23 @@ class Run:
 
     def _counting(self, launches: dict[int, list[Sample]]) -> list[Sample]:
         last_first = [launches[number] for number in sorted(launches, reverse=True)]
-        return next((samples for samples in last_first if self.has_enough(samples)), last_first[0])
+        return next((samples for samples in last_first if self._is_complete(samples)), last_first[0])
 
-    def _same_as(self, cell: Cell) -> list[Cell]:
+    def _same_as(self, cell: Cell) -> Sequence[Cell]:
         """Cells that run the very same thing as this one, itself among them, in the order of the space."""
-        if cell not in self._alike:
-            self._alike[cell] = self._find_same(cell)
-        return self._alike[cell]
+        return self._twins.get(cell, (cell,))
 
     @cached_property
-    def _alike(self) -> dict[Cell, list[Cell]]:
-        """What `_same_as` has worked out."""
-        return {}
-
-    def _find_same(self, cell: Cell) -> list[Cell]:
-        values = self._applied.get(cell)
-        if values is None or cell.candidate in self.failures:
-            return [cell]
-        candidates = [
-            name for name in self.live if self._applied.get(cell.model_copy(update={"candidate": name})) == values
-        ]
-        return [Cell(candidate=name, scenario=cell.scenario) for name in candidates]
+    def _twins(self) -> Mapping[Cell, Sequence[Cell]]:
+        """Live cells that were proven, each with those that run the very same thing."""
+        alike: dict[tuple[str, str], list[Cell]] = {}
+        order = {name: rank for rank, name in enumerate(self.live)}
+        for cell, values in self._applied.items():
+            if cell.candidate in order:
+                alike.setdefault((cell.scenario, values), []).append(cell)
+        for cells in alike.values():
+            cells.sort(key=lambda cell: order[cell.candidate])
+        return {cell: cells for cells in alike.values() for cell in cells}
 
 
 def _used(samples: Sequence[Sample]) -> list[Sample]:

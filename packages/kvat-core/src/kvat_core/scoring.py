@@ -8,13 +8,12 @@ their score ratio; 1.00 is the incumbent. There are no absolute scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
 
-from kvat_core import metrics
+from kvat_core.metrics import Figures
 from kvat_core.run import Run
-from kvat_core.schema import Cell, Resources, Sample
+from kvat_core.schema import Cell, Resources
 
 MEMORY_PLENTY = 0.5
 """A peak under this share of the memory that binds earns nothing for being smaller still."""
@@ -22,16 +21,27 @@ MEMORY_PLENTY = 0.5
 
 @dataclass(frozen=True)
 class Utility:
-    """Log utility of a candidate, and of its two speeds alone, per complete block (round)."""
+    """Log utility of a candidate, and of its two speeds alone, per complete round; and the launch it was seen in."""
 
     score: dict[int, float]
     ttft: dict[int, float]
     decode: dict[int, float]
+    launch: dict[int, int]
+
+    def up_to(self, last: int) -> Utility:
+        """The same without the rounds after one."""
+        kept = [number for number in self.score if number <= last]
+        return Utility(
+            score={number: self.score[number] for number in kept},
+            ttft={number: self.ttft[number] for number in kept},
+            decode={number: self.decode[number] for number in kept},
+            launch={number: self.launch[number] for number in kept},
+        )
 
 
 def ineligible_reason(run: Run, candidate_id: str) -> str | None:
     """Why a candidate that may have figures must not be recommended, or None."""
-    entry = next(entry for entry in run.candidates if entry.candidate.id == candidate_id)
+    entry = run.entry(candidate_id)
     if entry.exclusion is not None:
         return entry.exclusion
     if candidate_id not in run.live:
@@ -43,27 +53,46 @@ def ineligible_reason(run: Run, candidate_id: str) -> str | None:
     return None
 
 
+def may_win(run: Run, candidate_id: str) -> bool:
+    """Whether a candidate could be recommended if its figures were good."""
+    return candidate_id in run.live and not run.entry(candidate_id).candidate.lossy
+
+
 def complete_rounds(run: Run, candidate_id: str) -> list[int]:
-    """Rounds in which the candidate has all it needs of every scenario."""
-    per_scenario = [run.complete_rounds(Cell(candidate=candidate_id, scenario=key)) for key in run.scenarios]
-    return sorted(set.intersection(*per_scenario))
+    """Blocks in which the candidate has all it needs of every scenario."""
+    return [number for number in _rounds(run, candidate_id) if number not in run.before_the_blocks]
 
 
 def utilities(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
-    """Utility of each candidate in every round that is complete for it."""
-    # So that nobody gains by not telling, unsteadiness counts for nobody where the gaps of any sample are unknown.
-    told = all(metrics.jitter(sample) is not None for sample in run.samples)
-    return {candidate_id: _utility(run, candidate_id, gaps_told=told) for candidate_id in candidate_ids}
+    """Utility of each candidate in every block that is complete for it."""
+    peaks = compared_peaks(run)
+    return {
+        name: _utility(run, name, complete_rounds(run, name), math.log(peaks[name]) if name in peaks else 0.0)
+        for name in candidate_ids
+    }
 
 
-def _utility(run: Run, candidate_id: str, *, gaps_told: bool) -> Utility:
-    rounds = complete_rounds(run, candidate_id)
+def screened(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
+    """Utility of each candidate in every complete round of pilot and screening; memory does not count yet."""
+    return {
+        name: _utility(run, name, [one for one in _rounds(run, name) if one in run.before_the_blocks], 0.0)
+        for name in candidate_ids
+    }
+
+
+def _rounds(run: Run, candidate_id: str) -> list[int]:
+    first, *others = (run.complete_rounds(cell) for cell in run.cells(candidate_id))
+    return sorted(number for number in first if all(number in other for other in others))
+
+
+def _utility(run: Run, candidate_id: str, rounds: Collection[int], memory: float) -> Utility:
     shares = run.header.profile.objective.shares()
     total = sum(shares.values())
-    ttft = _log_metric(run, candidate_id, metrics.ttft_s, rounds)
-    decode = _log_metric(run, candidate_id, metrics.decode_tps, rounds)
-    unsteady = _log_metric(run, candidate_id, _jitter, rounds) if gaps_told else dict.fromkeys(rounds, 0.0)
-    memory = memory_log(run, candidate_id)
+    ttft = _log_metric(run, candidate_id, lambda figures: figures.ttft_s, rounds)
+    decode = _log_metric(run, candidate_id, lambda figures: figures.decode_tps, rounds)
+    # So that nobody gains by not telling, unsteadiness counts for nobody where the gaps of any sample are unknown.
+    counts = run.gaps_told and shares["stability"] > 0
+    unsteady = _log_metric(run, candidate_id, _jitter, rounds) if counts else dict.fromkeys(rounds, 0.0)
     score = {
         number: (
             -shares["ttft"] * ttft[number]
@@ -74,23 +103,30 @@ def _utility(run: Run, candidate_id: str, *, gaps_told: bool) -> Utility:
         / total
         for number in rounds
     }
-    return Utility(score=score, ttft={number: -ttft[number] for number in rounds}, decode=decode)
+    first = run.samples_of(run.cells(candidate_id)[0])
+    return Utility(
+        score=score,
+        ttft={number: -ttft[number] for number in rounds},
+        decode=decode,
+        launch={number: first[number][0].launch for number in rounds},
+    )
 
 
-def _log_metric(run: Run, candidate_id: str, metric: Callable[[Sample], float], rounds: list[int]) -> dict[int, float]:
+def _log_metric(
+    run: Run, candidate_id: str, metric: Callable[[Figures], float], rounds: Collection[int]
+) -> dict[int, float]:
     """Per round: weighted mean over scenarios of the log of the launch median."""
-    weights = {key: scenario.weight for key, scenario in run.scenarios.items()}
-    cells = {key: run.samples_of(Cell(candidate=candidate_id, scenario=key)) for key in weights}
+    cells = [(run.scenarios[cell.scenario].weight, run.medians_of(cell)) for cell in run.cells(candidate_id)]
+    total = sum(weight for weight, _ in cells)
     return {
-        number: sum(weights[key] * math.log(median(metric(sample) for sample in cells[key][number])) for key in weights)
-        / sum(weights.values())
+        number: sum(weight * math.log(metric(medians[number])) for weight, medians in cells) / total
         for number in rounds
     }
 
 
-def _jitter(sample: Sample) -> float:
+def _jitter(figures: Figures) -> float:
     """Of a sample whose gaps are known."""
-    return metrics.jitter(sample) or 1.0
+    return figures.jitter or 1.0
 
 
 def own_resources(run: Run, candidate_id: str) -> Resources | None:

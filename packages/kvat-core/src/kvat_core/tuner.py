@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from kvat_core import discovery, lock, outputs, resume
-from kvat_core.errors import AllFailed, CannotWrite, Interrupted, KvatError, NothingFeasible, Paused, UsageError
+from kvat_core.errors import (
+    AllFailed,
+    BudgetUsedUp,
+    CannotWrite,
+    Interrupted,
+    KvatError,
+    NothingFeasible,
+    Paused,
+    UsageError,
+)
 from kvat_core.journal import Journal, continue_journal, create_journal, journal_sha256, read_journal
 from kvat_core.measure.breaker import Breaker
 from kvat_core.measure.conditions import SystemWatch, Watch
@@ -24,7 +33,7 @@ from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
 from kvat_core.report import Report
 from kvat_core.run import Run
 from kvat_core.schema import End, Event, Header, JournalRef, Plan, Resumed, Stopped
-from kvat_core.search import Grid
+from kvat_core.search import Allowance, Rationed
 from kvat_core.snippets import snippet
 
 __all__ = ["Progress", "TuneRequest", "TuneResult", "tune"]
@@ -62,7 +71,10 @@ class TuneResult:
     unwritten: CannotWrite | None = None
     """The first file that the system refused, with what to do; the plan is written."""
     stopped: KvatError | None = None
-    """Why the run ended before it had measured all it meant to; its plan is partial then."""
+    """Why the run was ended before it had measured all it meant to; its plan is partial then.
+
+    None as well where it was the budget that it was given: then there is all that was asked for.
+    """
 
 
 OnProgress = Callable[[Progress], None]
@@ -94,6 +106,7 @@ def tune(
         UsageError: unusable input or environment; nothing was measured and nothing touched.
         AllFailed: no candidate has figures; the journal in `out` tells why.
         NothingFeasible: none of those that have may be recommended.
+        BudgetUsedUp: before anything could be decided; what was measured is in the journal.
         CannotWrite: a result cannot be written; what was measured before is in the journal.
         EndedAtOnce: ended a second time, while a worker cannot be killed; what was measured is in the journal.
         Interrupted, Paused: stopped before anything could be decided; what was measured is in the journal.
@@ -101,6 +114,8 @@ def tune(
     """
     started = time.perf_counter()
     stop, limits = stop or Stop(), deadlines or Deadlines()
+    if request.budget_s is not None:
+        stop.at(time.monotonic() + request.budget_s)
     display = _Display(on_progress, started)
 
     def start_worker(environment: Mapping[str, str]) -> Client:
@@ -134,16 +149,21 @@ def tune(
         )
         display.run = run
         before = _Times.of(run)
-        stopped = _measure(bench, stop, display) if run.end is None else None
+        left_s = None if request.budget_s is None else request.budget_s - (time.perf_counter() - started)
+        allowance = Allowance(wall_s=left_s, launches=request.max_launches)
+        stopped = _measure(bench, stop, display, allowance) if run.end is None else None
         if run.end is None and stopped is None:
             record(End(wall_s=time.perf_counter() - started))
         return _write_outputs(prepared, started, before, stopped)
 
 
-def _measure(bench: Bench, stop: Stop, display: _Display) -> KvatError | None:
+def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) -> KvatError | None:
     """Carry out what the search asks for; why it was stopped, or None when it has all it wants."""
     run = bench.run
-    search = Grid({cell: recipe.load_key for cell, recipe in bench.recipes.items()}, run.header.seed)
+    load_keys = {cell: recipe.load_key for cell, recipe in bench.recipes.items()}
+    strategy = discovery.load_search(run.header.search)(load_keys, run.header.seed, allowance)
+    search = Rationed(strategy, load_keys, allowance)
+    stopped: KvatError
     breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines)
     try:
         while order := search.next(run):
@@ -153,8 +173,13 @@ def _measure(bench: Bench, stop: Stop, display: _Display) -> KvatError | None:
             display.show()
             carry_out(order, bench)
             breaker.after_launch()
+        if search.cut_short(run):
+            raise BudgetUsedUp("what the run may take does not suffice for another launch")
+    except BudgetUsedUp as used_up:
+        stopped = used_up
+        bench.record(Stopped(kind="budget", reason=str(used_up)))
     except Interrupted as interrupted:
-        stopped: KvatError = Interrupted(f"{interrupted}; go on with --resume")
+        stopped = Interrupted(f"{interrupted}; go on with --resume")
         bench.record(Stopped(kind="interrupted", reason="by the user"))
     except Paused as paused:
         stopped = paused
@@ -280,7 +305,7 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         generating_s=times.generating_s - before.generating_s,
         warnings=tuple(warnings),
         unwritten=unwritten,
-        stopped=stopped,
+        stopped=None if isinstance(stopped, BudgetUsedUp) else stopped,
     )
 
 

@@ -37,6 +37,16 @@ def tune(
         Pairs, typer.Option(metavar="KNOB=V", help="What runs today, where it is not the default; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
+    search: Annotated[
+        str, typer.Option(metavar="NAME", help="Who decides what is measured next: race, or grid for everything alike.")
+    ] = "race",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Time that the whole command may take, e.g. 10m; default: no limit."),
+    ] = None,
+    max_launches: Annotated[
+        int | None, typer.Option(min=1, help="Times that the model may be loaded; default: no limit.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For the results; default: kvat-out/MODEL-PROFILE.")
     ] = None,
@@ -53,7 +63,7 @@ def tune(
     DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
     """
     from kvat_cli.display import open_display
-    from kvat_cli.options import deadlines, pairs, settings, whole_numbers
+    from kvat_cli.options import deadlines, duration_s, pairs, settings, whole_numbers
     from kvat_cli.streams import suppress_lost_terminal
     from kvat_cli.summary import print_summary, print_warnings
     from kvat_core import tuner
@@ -80,6 +90,9 @@ def tune(
         excluded=pairs("--exclude", exclude),
         incumbent=settings("--incumbent", incumbent),
         seed=seed,
+        search=search,
+        budget_s=duration_s("--budget", budget),
+        max_launches=max_launches,
         force=force,
         resume=resume,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from kvat_core.errors import Interrupted
+from kvat_core.errors import BudgetUsedUp, Interrupted
 
 
 class Stop:
@@ -15,6 +16,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._until: float | None = None
+
+    def at(self, moment: float) -> None:
+        """End the run when `time.monotonic()` has come to a moment, with what it has by then."""
+        self._until = moment
 
     def ask(self) -> None:
         """End the run: what is being measured is dropped, what has been measured is used."""
@@ -25,9 +31,12 @@ class Stop:
 
         Raises:
             Interrupted: somebody asked.
+            BudgetUsedUp: its time is over.
         """
         if self.asked:
             raise Interrupted("interrupted")
+        if self._until is not None and time.monotonic() >= self._until:
+            raise BudgetUsedUp("the time that the run may take is used up")
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class _Launch:
             limits = self._compile_limits if recipe.compiles and number == 0 else self._call_limits
             self._decode(cell, WARM_UP - number, "warm-up", limits)
         samples: list[Sample] = []
-        while not self._bench.run.has_enough(samples):
+        while not self._bench.run.has_enough(self._order.launch, samples):
             self._bench.announce(f"timing {self._label(cell)}")
             samples.append(self._sample(cell, len(samples)))
             self._bench.record(samples[-1])

@@ -38,6 +38,7 @@ class Header(Record):
     pinned: dict[str, str] = Field(description="--set")
     excluded: tuple[tuple[str, str], ...] = Field(description="--exclude")
     seed: int
+    search: str = Field(default="grid", description="--search: who decides what is measured next")
     request: str = Field(
         default="", description="digest of all that decides what is measured; only an equal request may be resumed"
     )
@@ -67,13 +68,22 @@ class Cell(Record):
     scenario: str
 
 
+Purpose = Literal["pilot", "screening", "timing", "run_off", "memory"]
+
+
 class LaunchOrder(Record):
-    """One load of the model in a fresh process, and the cells to measure in it."""
+    """One load of the model in a fresh process, and the cells to measure in it.
+
+    What a launch is for: `pilot`: the incumbent alone, for noise and drift; `screening`: every candidate once;
+    `timing`: those that can still win, in interleaved blocks; `run_off`: the last ones, in blocks that had no part in
+    choosing them; `memory`: one cell, for its peak.
+    """
 
     launch: int
-    round: int
-    purpose: Literal["timing", "memory"]
+    round: int = Field(description="block: candidates are compared by what they did in the same one")
+    purpose: Purpose
     cells: tuple[Cell, ...] = Field(min_length=1)
+    samples: int | None = Field(default=None, ge=1, description="timed calls per cell; null = as the profile says")
 
 
 class Loaded(Record):
@@ -144,7 +154,7 @@ class Health(Record):
 class Stopped(Record):
     """The run was ended before it had measured all it meant to. One that was killed has no such record."""
 
-    kind: Literal["interrupted", "paused"]
+    kind: Literal["interrupted", "paused", "budget"]
     reason: str
 
 

@@ -1,18 +1,93 @@
-"""The contract of a search."""
+"""The contract of a search, and what all searches have in common."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+from kvat_core import scoring
 from kvat_core.run import Run
-from kvat_core.schema import LaunchOrder
+from kvat_core.schema import Cell, LaunchOrder
 
 
-class Search(Protocol):
-    """Asked "what next?" after every launch. Equal journals give equal answers, so runs can be replayed."""
+@dataclass(frozen=True)
+class Allowance:
+    """What a run may take from its start, or from where it was resumed. None = no limit."""
 
+    wall_s: float | None = None
+    """Of all launches together."""
+    launches: int | None = None
+    """Loads of the model."""
+
+
+class Search(ABC):
+    """Asked "what next?" after every launch. Equal journals give equal answers, so runs can be replayed.
+
+    A search never measures and keeps no state of a run: whatever it has to know is in the journal. Whoever asks it sees
+    to it that the allowance holds; a search uses it to spend in time on what matters.
+
+    A package registers a subclass under the entry-point group `kvat.searches`; users choose it with `--search NAME`.
+
+    Args:
+        load_keys: key of the load each cell needs; one launch takes cells of one load.
+        seed: of every random order.
+        allowance: what the run may take.
+    """
+
+    name: ClassVar[str]
+    """Name under which the user selects it; equal to the entry point's name."""
+
+    def __init__(self, load_keys: Mapping[Cell, str], seed: int, allowance: Allowance = Allowance()) -> None:
+        self._load_keys = load_keys
+        self._seed = seed
+        self._allowance = allowance
+
+    @abstractmethod
     def next(self, run: Run) -> LaunchOrder | None:
         """The next launch, or None when enough is known."""
 
+    @abstractmethod
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
+
+    def outstanding(self, run: Run, number: int, candidates: Collection[str]) -> list[list[Cell]]:
+        """Cells that a round still lacks, grouped by load.
+
+        Groups and the cells in them come in random order, the same however much of the round is done, so that drift
+        meets all alike. Who has ended a process before has its next one for itself.
+        """
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        suspects = run.suspects
+        for candidate in (name for name in run.live if name in candidates):
+            for cell in run.cells(candidate):
+                if run.is_original(cell) and number not in run.complete_rounds(cell):
+                    alone = candidate if candidate in suspects else ""
+                    groups.setdefault((self._load_keys[cell], alone), []).append(cell)
+        order = random.Random(f"{self._seed}/{number}")
+        ordered = [groups[key] for key in sorted(groups)]
+        order.shuffle(ordered)
+        for cells in ordered:
+            order.shuffle(cells)
+        return ordered
+
+
+def incumbent_first(groups: list[list[Cell]], incumbent: str) -> list[list[Cell]]:
+    """The same groups with that of the incumbent in front: a run cut short knows what it compares with."""
+    ordered = sorted(groups, key=lambda cells: all(cell.candidate != incumbent for cell in cells))
+    return [sorted(cells, key=lambda cell: cell.candidate != incumbent) for cells in ordered[:1]] + ordered[1:]
+
+
+def unmeasured_peaks(run: Run, finalists: Collection[str]) -> list[Cell]:
+    """Largest scenario of each candidate whose own peak memory the plan needs and nobody has read.
+
+    Those are the finalists; where memory binds, and so counts in the scores, all that were measured in blocks.
+    """
+    wanted: Sequence[str] = [name for name in run.live if name in finalists]
+    if scoring.memory_binds(run):
+        wanted = [name for name in run.live if scoring.complete_rounds(run, name)]
+    largest = max(run.scenarios.values(), key=lambda scenario: scenario.total_tokens * scenario.batch_size).key
+    cells = {run.original(Cell(candidate=name, scenario=largest)): None for name in wanted}
+    return [cell for cell in cells if cell not in run.memory_tried]

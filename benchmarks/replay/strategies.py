@@ -1,0 +1,142 @@
+"""Ways to choose a candidate in a world: kvat's searches as they are, and what others do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from worlds import Launch, World
+
+from kvat_core.decision import decide
+from kvat_core.run import Run
+from kvat_core.schema import (
+    Candidate,
+    CandidateEntry,
+    Cell,
+    Event,
+    Failed,
+    Failure,
+    Header,
+    LaunchEnd,
+    LaunchOrder,
+    Loaded,
+    Machine,
+    ModelRef,
+    ModelShape,
+    Objective,
+    Profile,
+    RequestTiming,
+    Sample,
+    Scenario,
+    Target,
+)
+from kvat_core.search import Grid, Race, Search
+
+SAMPLES = 3
+SCENARIO = Scenario(prompt_tokens=1, output_tokens=2)
+
+
+class Choice(NamedTuple):
+    """What came out."""
+
+    winner: str
+    cost_s: float
+    loads: int
+    verdict: str = ""
+    confidence: float | None = None
+    epsilon: float | None = None
+    ratio: tuple[float, float | None, float | None] | None = None
+
+
+def kvat(make: Callable[[Mapping[Cell, str], int], Search], world: World, seed: int, launches: int = 3) -> Choice:
+    """One of kvat's own searches, fed with events as a real run feeds it."""
+    run = Run(_header(seed, launches))
+    names = [world.incumbent, *sorted(name for name in world.load_keys if name != world.incumbent)]
+    for rank, name in enumerate(names):
+        candidate = Candidate(id=name, label=name, settings=world.settings[name], complexity=int(rank > 0))
+        run.add(CandidateEntry(candidate=candidate, incumbent=rank == 0))
+    keys = {Cell(candidate=name, scenario=SCENARIO.key): key for name, key in world.load_keys.items()}
+    search = make(keys, seed)
+    cost_s = 0.0
+    while (order := search.next(run)) is not None and order.purpose != "memory":
+        run.add(order)
+        launch = world.launch(order.round, [cell.candidate for cell in order.cells], order.samples or SAMPLES)
+        cost_s += launch.load_s + launch.rest_s
+        for event in _events(order, launch):
+            run.add(event)
+    decision = decide(run)
+    assert decision is not None
+    score = decision.ratios.score if decision.ratios else None
+    return Choice(
+        decision.winner,
+        cost_s,
+        len(run.loaded),
+        decision.verdict,
+        decision.confidence.probability,
+        decision.confidence.epsilon,
+        (score.value, score.low, score.high) if score else None,
+    )
+
+
+def _events(order: LaunchOrder, launch: Launch) -> Iterator[Event]:
+    yield Loaded(launch=order.launch, start_s=0.0, load_s=launch.load_s)
+    for shown in launch.shown:
+        if not shown.speeds:
+            cell = Cell(candidate=shown.candidate, scenario=SCENARIO.key)
+            failure = Failure(kind="oom_device", phase="prove", reason="it does not fit")
+            yield Failed(launch=order.launch, cell=cell, failure=failure)
+        for index, speed in enumerate(shown.speeds):
+            yield _sample(order, shown.candidate, index, speed)
+    yield LaunchEnd(launch=order.launch, wall_s=launch.load_s + launch.rest_s, generate_s=launch.rest_s)
+
+
+def _sample(order: LaunchOrder, candidate: str, index: int, speed: float) -> Sample:
+    """A call whose decode rate is the speed. Not validated: a replay makes millions."""
+    request = RequestTiming.model_construct(
+        prompt_tokens=1, output_tokens=2, ttft_s=1.0, e2e_s=1.0 + 1 / speed, token_gaps_s=None, count=1
+    )
+    return Sample.model_construct(
+        clock="host",
+        duration_s=1.0 + 1 / speed,
+        requests=(request,),
+        compilations=0,
+        launch=order.launch,
+        round=order.round,
+        candidate=candidate,
+        scenario=SCENARIO.key,
+        index=index,
+        conditions=None,
+        distrust=(),
+    )
+
+
+def _header(seed: int, launches: int) -> Header:
+    profile = Profile(
+        name="replay", scenarios=(SCENARIO,), objective=Objective(decode=1.0), launches=launches, samples=SAMPLES
+    )
+    return Header(
+        kvat="0",
+        created="2026-01-01T00:00:00Z",
+        engine="replay",
+        versions={},
+        target=Target(model=ModelRef(id="replay"), device="cpu"),
+        shape=ModelShape(architecture="replay", layers=1, attention=("full",)),
+        machine=Machine(fingerprint="", device="cpu", cpu="", cores=1, memory_bytes=1, os="", python=""),
+        profile=profile,
+        space="safe",
+        pinned={},
+        excluded=(),
+        seed=seed,
+        probe_s=0.0,
+        instrument=(),
+    )
+
+
+def race(world: World, seed: int) -> Choice:
+    """What `kvat tune` does by itself."""
+    return kvat(Race, world, seed)
+
+
+def grid(world: World, seed: int) -> Choice:
+    """`kvat tune --search grid`, three launches, and its decision."""
+    return kvat(Grid, world, seed)

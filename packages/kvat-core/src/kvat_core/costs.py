@@ -1,0 +1,65 @@
+"""Pure: what a launch is going to take, by what the launches before it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TypeVar
+
+from kvat_core.run import Run
+from kvat_core.schema import Cell
+
+
+class Costs:
+    """Seconds that launches took in a run: loading by load, and the rest by cell.
+
+    Args:
+        run: the journal so far.
+        load_keys: key of the load each cell needs.
+    """
+
+    def __init__(self, run: Run, load_keys: Mapping[Cell, str]) -> None:
+        self._load_keys = load_keys
+        wall_s = {end.launch: end.wall_s for end in run.ended}
+        load_s = {one.launch: one.start_s + one.load_s for one in run.loaded}
+        self._loads: dict[str, list[float]] = {}
+        self._cells: dict[Cell, list[float]] = {}
+        for order in run.launches:
+            if order.launch in wall_s and order.launch in load_s:
+                self._loads.setdefault(load_keys[order.cells[0]], []).append(load_s[order.launch])
+                each_s = (wall_s[order.launch] - load_s[order.launch]) / len(order.cells)
+                for cell in order.cells:
+                    self._cells.setdefault(cell, []).append(each_s)
+
+    def seconds(self, groups: Sequence[Sequence[Cell]]) -> float:
+        """What launches of these cells will take; 0 for what nothing like it has been seen of."""
+        return sum(
+            _like(self._loads, self._load_keys[cells[0]]) + sum(_like(self._cells, cell) for cell in cells)
+            for cells in groups
+        )
+
+
+def spent_s(run: Run) -> float:
+    """Wall time of the launches that have ended since the run was started or resumed."""
+    return sum(end.wall_s for end in run.ended if end.launch >= run.resumed_at)
+
+
+def spent_launches(run: Run) -> int:
+    """Loads of the model since the run was started or resumed."""
+    return sum(order.launch >= run.resumed_at for order in run.launches)
+
+
+def wall_s(run: Run, purpose: str) -> float:
+    """Wall time of all ended launches for a purpose."""
+    wanted = {order.launch for order in run.launches if order.purpose == purpose}
+    return sum(end.wall_s for end in run.ended if end.launch in wanted)
+
+
+_Key = TypeVar("_Key", str, Cell)
+
+
+def _like(seen: Mapping[_Key, Sequence[float]], key: _Key) -> float:
+    if key in seen:
+        return fmean(seen[key])
+    every = [value for values in seen.values() for value in values]
+    return fmean(every) if every else 0.0

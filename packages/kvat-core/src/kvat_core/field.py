@@ -1,0 +1,193 @@
+"""Pure: the measured candidates of a run, compared pairwise over the blocks that they share."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from itertools import combinations
+from statistics import fmean
+from typing import Literal
+
+from kvat_core import scoring, stats
+from kvat_core.run import Run
+from kvat_core.scoring import Utility
+from kvat_core.stats import Comparison, Spread
+
+MIN_DIFFERENCE = 0.01
+"""No difference below 1 % is ever claimed."""
+ALPHA = 0.05
+"""Probability with which anything wrong may be claimed of candidates that are equal."""
+LEAST_FRESH = 2
+"""Blocks after the choice from which they alone are what is claimed."""
+
+Kind = Literal["score", "ttft", "decode"]
+
+
+class Field:
+    """The candidates with figures, and what can be said of any two of them.
+
+    Whatever is said of two depends on them, on what runs today, and on those that can still win, never on one that is
+    plainly worse: to try something bad changes no decision.
+
+    Args:
+        run: the journal so far.
+        until: last block that counts; None = all.
+    """
+
+    def __init__(self, run: Run, until: int | None = None) -> None:
+        self.run = run
+        measured = [name for name in run.live if run.alias_of(name) is None and scoring.complete_rounds(run, name)]
+        every = scoring.utilities(run, measured)
+        self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
+        self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+
+    @cached_property
+    def reference(self) -> str | None:
+        """What the others are compared with: what runs today, or the first that has figures."""
+        today = self.run.incumbent
+        return today if today in self.utilities else next(iter(self.eligible), None)
+
+    @cached_property
+    def leader(self) -> str:
+        """The eligible candidate with the best estimate among those with the most blocks."""
+        most = max(len(self.utilities[name].score) for name in self.eligible)
+        finalists = [name for name in self.eligible if len(self.utilities[name].score) == most]
+        return max(finalists, key=lambda name: self.mean(name, self.reference or name))
+
+    @cached_property
+    def contenders(self) -> list[str]:
+        """Eligible candidates that their own figures do not show to be worse than the leader."""
+        return [
+            name
+            for name in self.eligible
+            if name == self.leader or not _is_below(stats.compare(self.log_ratios(name, self.leader)), 0.0)
+        ]
+
+    def log_ratios(self, over: str, under: str, kind: Kind = "score", *, fresh: bool = False) -> list[float]:
+        """Log of over ÷ under in each block that both have, or in the fresh ones among them."""
+        numerator = getattr(self.utilities[over], kind)
+        denominator = getattr(self.utilities[under], kind)
+        common = sorted(numerator.keys() & denominator.keys())
+        return [
+            numerator[number] - denominator[number]
+            for number in common
+            if not fresh or number in self.run.after_the_choice
+        ]
+
+    def mean(self, over: str, under: str) -> float:
+        """Best estimate of a log score ratio."""
+        return fmean(self.log_ratios(over, under))
+
+    def compare(self, over: str, under: str, kind: Kind = "score") -> Comparison:
+        """One candidate against another, in the blocks that both have; itself it equals exactly."""
+        if over == under:
+            return Comparison(0.0, 0.0, math.inf, len(self.utilities[over].score))
+        return stats.compare(self.log_ratios(over, under, kind), self._spread(over, under, kind))
+
+    def claimed(self, over: str, under: str, kind: Kind = "score") -> Comparison:
+        """The same for what is claimed: by the fresh blocks alone, where there are some.
+
+        What looked best in the blocks that chose it was lucky in part, and so looks better than it is.
+        """
+        fresh = self.log_ratios(over, under, kind, fresh=True)
+        if over == under or len(fresh) < LEAST_FRESH:
+            return self.compare(over, under, kind)
+        return stats.compare(fresh, self._spread(over, under, kind))
+
+    def _spread(self, over: str, under: str, kind: Kind) -> Spread | None:
+        """What pairs like this one tell of its spread: those in the same launch, or in different ones."""
+        together = self._share_launches(over, under)
+        known = self._spreads(kind)
+        return known[together] or known[not together]
+
+    def _spreads(self, kind: Kind) -> dict[bool, Spread | None]:
+        if kind not in self._pooled:
+            today = {self.run.incumbent} & self.utilities.keys()
+            names = sorted({*self.contenders, *today})
+            pairs = [(self._share_launches(*pair), self.log_ratios(*pair, kind)) for pair in combinations(names, 2)]
+            self._pooled[kind] = {
+                together: stats.pooled([logs for shared, logs in pairs if shared == together])
+                for together in (True, False)
+            }
+        return self._pooled[kind]
+
+    @cached_property
+    def _pooled(self) -> dict[Kind, dict[bool, Spread | None]]:
+        return {}
+
+    def _share_launches(self, over: str, under: str) -> bool:
+        one, other = self.utilities[over].launch, self.utilities[under].launch
+        return all(one[number] == other[number] for number in one.keys() & other.keys())
+
+    @cached_property
+    def noise_floor(self) -> float:
+        """Relative spread between launches of one candidate."""
+        spreads = self._spreads("score")
+        known = spreads[False] or spreads[True]
+        if known is not None:
+            return math.sqrt(known.variance / 2)
+        return stats.launch_spread(self.incumbent_in_order)
+
+    @property
+    def incumbent_in_order(self) -> list[float]:
+        """Log score of what runs today in all its launches, in order, without memory."""
+        today = self.run.incumbent
+        before = scoring.screened(self.run, [today])[today] if today in self.run.live else None
+        blocks = self.utilities.get(today)
+        seen = [(one.launch[number], one.score[number]) for one in (before, blocks) if one for number in one.score]
+        return [score for _, score in sorted(seen)]
+
+    @property
+    def epsilon(self) -> float:
+        """Relative difference below which nothing is claimed."""
+        return max(MIN_DIFFERENCE, 2 * self.noise_floor)
+
+    def shown_worse(self, candidate: str, than: str) -> bool:
+        """Whether a candidate is worse for sure, and by more than ε perhaps."""
+        found = self.compare(candidate, than)
+        low = found.low()
+        return _is_below(found, 0.0) and low is not None and low < math.log1p(-self.epsilon)
+
+    def shown_better(self, candidate: str, than: str) -> bool:
+        """Whether the best of several candidates is better for sure, and by more than ε at its best estimate.
+
+        It was picked as the best of those that can win, so the test is corrected for their number (Bonferroni); and it
+        has to be better in what is claimed, too.
+        """
+        rivals = max(1, len([name for name in self.contenders if name != than]))
+        found, claim = self.compare(candidate, than), self.claimed(candidate, than)
+        least = found.low(1 - ALPHA / 2 / rivals), claim.low()
+        return all(low is not None and low > 0 for low in least) and claim.mean >= math.log1p(self.epsilon)
+
+    def near(self, candidate: str) -> list[str]:
+        """Eligible candidates as good as this one by the best estimate, and not only because an interval is wide.
+
+        Within one standard error of it (Breiman et al., "Classification and Regression Trees", 1984), or within half
+        of what may ever be claimed.
+        """
+        return [name for name in self.eligible if name == candidate or self._is_near(name, candidate)]
+
+    def _is_near(self, name: str, candidate: str) -> bool:
+        if len(self.utilities[name].score) < len(self.utilities[candidate].score):
+            return False  # dropped before, and less is known of it
+        behind = self.compare(candidate, name)
+        return behind.mean <= max(MIN_DIFFERENCE / 2, behind.error or 0.0) and not self.shown_worse(name, candidate)
+
+
+def _is_below(found: Comparison, limit: float) -> bool:
+    high = found.high()
+    return high is not None and high < limit
+
+
+def _comparable(utilities: dict[str, Utility], today: str) -> dict[str, Utility]:
+    """Those that share a block with what runs today, where that has any."""
+    if today not in utilities:
+        return utilities
+    blocks = utilities[today].score.keys()
+    return {name: one for name, one in utilities.items() if one.score.keys() & blocks}
+
+
+def _cut(utilities: dict[str, Utility], until: int) -> dict[str, Utility]:
+    """Without the blocks after one, and without those who have none up to it."""
+    cut = {name: one.up_to(until) for name, one in utilities.items()}
+    return {name: one for name, one in cut.items() if one.score}

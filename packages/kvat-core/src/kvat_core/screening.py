@@ -1,0 +1,124 @@
+"""Pure: what one launch of each candidate tells before the blocks, compared through what runs today."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from statistics import fmean, stdev
+
+import numpy as np
+from scipy.special import stdtrit
+
+from kvat_core import scoring, stats
+from kvat_core.run import Run
+from kvat_core.stats import Comparison
+
+LEAST_CONTROLS = 4
+"""Launches of what runs today that a straight line of drift is told from chance by."""
+LEAST_RACED = 3
+"""Candidates whose figures in blocks tell how lucky screening was."""
+LEAST_LAUNCHES = 12
+"""Of screening, from whose best candidates the tail of the others is estimated."""
+LEAST_PER_VALUE = 2
+"""Candidates with each value of each knob that are screened in any case: unlike values may lead to unlike speeds."""
+
+
+def standing(run: Run, names: Iterable[str]) -> dict[str, float]:
+    """Log score ÷ that of what runs today of each candidate that was screened, straight drift taken out."""
+    today = run.incumbent
+    seen = scoring.screened(run, [*names, today])
+    controls = sorted((seen[today].launch[number], score) for number, score in seen[today].score.items())
+    if not controls:
+        return {}
+    level, slope = _line(controls)
+    return {
+        name: one.score[number] - level - slope * one.launch[number]
+        for name, one in seen.items()
+        for number in list(one.score)[:1]
+    }
+
+
+def passed_over(run: Run, winner: Comparison, raced: Mapping[str, float]) -> dict[str, Comparison]:
+    """Candidates that screening has seen and that no block has, against the winner.
+
+    What looks best among many in a single launch was lucky in part, the more so the less the candidates differ. How
+    lucky, those tell that were raced because they looked best: by so much more than they have shown since, and with
+    such a spread, the others are expected to be worse or better than they looked.
+
+    Args:
+        run: the journal so far.
+        winner: against what runs today.
+        raced: log score ÷ that of what runs today of each candidate that has blocks.
+    """
+    if not run.before_the_blocks:
+        return {}
+    found = standing(run, [name for name in run.live if run.alias_of(name) is None])
+    luck = [found[name] - shown for name, shown in raced.items() if name != run.incumbent and name in found]
+    rest = {name: ahead for name, ahead in found.items() if name not in raced and name != run.incumbent}
+    if len(luck) < LEAST_RACED:
+        return {name: Comparison(ahead - winner.mean, None, 0.0, 1) for name, ahead in rest.items()}
+    error = math.hypot(stdev(luck) * math.sqrt(1 + 1 / len(luck)), winner.error or 0.0)
+    df = len(luck) - 1
+    return {name: Comparison(ahead - fmean(luck) - winner.mean, error, df, 1) for name, ahead in rest.items()}
+
+
+def chance_of_better_unseen(run: Run, by: float) -> float:
+    """Probability that a candidate not screened yet is better than the best one seen, by more than a log ratio.
+
+    Launches come in random order, so the best launch of all is among those still to come with the share of these;
+    by how much it is then better follows an exponential tail, estimated from the launches seen. That is worth nothing
+    for values that nobody seen has, so then it is certain.
+    """
+    names = [name for name in run.live if run.alias_of(name) is None]
+    found = standing(run, names)
+    left = {name for name in names if name not in found and scoring.may_win(run, name)}
+    if not left:
+        return 0.0
+    best = _best_by_launch(run, found)
+    if len(best) < LEAST_LAUNCHES or not _every_value_seen(run, found, left):
+        return 1.0
+    return len(left) / (len(left) + len(found)) * math.exp(-by / _mean_excess(best, 0.5))
+
+
+def _best_by_launch(run: Run, found: Mapping[str, float]) -> list[float]:
+    best: dict[int, float] = {}
+    for name, seen in scoring.screened(run, found).items():
+        launch = next(iter(seen.launch.values()))
+        best[launch] = max(best.get(launch, -math.inf), found[name])
+    return list(best.values())
+
+
+def _every_value_seen(run: Run, found: Mapping[str, float], left: AbstractSet[str]) -> bool:
+    def values(names: Iterable[str]) -> Counter[tuple[str, str]]:
+        return Counter(pair for name in names for pair in run.entry(name).candidate.settings.items())
+
+    tried = [
+        entry.candidate.id for entry in run.candidates if entry.exclusion is None and entry.candidate.id not in left
+    ]
+    seen = values(tried)
+    return all(seen[value] >= LEAST_PER_VALUE for value in values(left))
+
+
+def _mean_excess(values: Sequence[float], above: float = 0.9) -> float:
+    """By how much values exceed a quantile of theirs, on average, where they do."""
+    limit = float(np.quantile(values, above))
+    excess = [value - limit for value in values if value > limit]
+    return fmean(excess) if excess else math.inf
+
+
+def _line(controls: list[tuple[int, float]]) -> tuple[float, float]:
+    """Level and slope per launch of what runs today; no slope unless it is more than chance."""
+    scores = [score for _, score in controls]
+    flat = fmean(scores), 0.0
+    if len(controls) < LEAST_CONTROLS:
+        return flat
+    middle = fmean(launch for launch, _ in controls)
+    squares = sum((launch - middle) ** 2 for launch, _ in controls)
+    slope = sum((launch - middle) * score for launch, score in controls) / squares
+    level = flat[0] - slope * middle
+    df = len(controls) - 2
+    left = sum((score - level - slope * launch) ** 2 for launch, score in controls)
+    error = math.sqrt(left / df / squares)
+    return (level, slope) if abs(slope) > float(stdtrit(df, 0.5 + stats.LEVEL / 2)) * error else flat

@@ -1,0 +1,61 @@
+"""Any search, within what a run may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvat_core.costs import Costs, spent_launches, spent_s
+from kvat_core.decision import decide
+from kvat_core.run import Run
+from kvat_core.schema import Cell, LaunchOrder
+from kvat_core.search._base import Allowance, Search, unmeasured_peaks
+
+
+class Rationed:
+    """Asks a search for launches as long as the allowance lasts, and keeps some of it for the peaks that a plan needs.
+
+    Args:
+        search: what is asked.
+        load_keys: key of the load each cell needs.
+        allowance: what all launches may take.
+    """
+
+    def __init__(self, search: Search, load_keys: Mapping[Cell, str], allowance: Allowance) -> None:
+        self._search = search
+        self._load_keys = load_keys
+        self._allowance = allowance
+
+    def next(self, run: Run) -> LaunchOrder | None:
+        """The next launch that fits the allowance, or None."""
+        order = self._search.next(run)
+        if order is None or self._allowance == Allowance():
+            return order
+        peaks = [] if order.purpose == "memory" else self._peaks(run)
+        if self._fit(run, [order.cells, *peaks]):
+            return order
+        if not peaks or not self._fit(run, peaks[:1]):
+            return None
+        number = 1 + max(one.round for one in run.launches)
+        return LaunchOrder(launch=len(run.launches), round=number, purpose="memory", cells=tuple(peaks[0]))
+
+    def remaining(self, run: Run) -> int:
+        """Launches still to come if nothing fails, for the display."""
+        left = self._search.remaining(run)
+        launches = self._allowance.launches
+        return left if launches is None else min(left, max(0, launches - spent_launches(run)))
+
+    def cut_short(self, run: Run) -> bool:
+        """Whether the search would ask for more if it were allowed to."""
+        return self._search.next(run) is not None
+
+    def _peaks(self, run: Run) -> list[list[Cell]]:
+        decision = decide(run)
+        if decision is None:
+            return []
+        return [[cell] for cell in unmeasured_peaks(run, {run.incumbent, decision.winner})]
+
+    def _fit(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
+        launches, wall_s = self._allowance.launches, self._allowance.wall_s
+        if launches is not None and spent_launches(run) + len(groups) > launches:
+            return False
+        return wall_s is None or spent_s(run) + Costs(run, self._load_keys).seconds(groups) <= wall_s
