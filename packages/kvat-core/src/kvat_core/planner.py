@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvat_core import metrics, scoring, stats
 from kvat_core.decision import Decision, decide
 from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.rules import derive_rules
 from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import (
     CandidateEntry,
@@ -56,6 +57,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     if decision is None:
         raise _no_winner(run)
     header = run.header
+    results = tuple(_result(run, entry, decision) for entry in run.candidates)
     return Plan(
         kvat=header.kvat,
         partial=run.end is None,
@@ -76,8 +78,9 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         confidence=decision.confidence,
         equivalents=decision.equivalents,
         metrics=_winner_metrics(run, decision.winner),
+        rules=derive_rules(run, decision, results),
         notes=_notes(header, run, decision.winner),
-        candidates=tuple(_result(run, entry, decision) for entry in run.candidates),
+        candidates=results,
         journal=journal,
     )
 

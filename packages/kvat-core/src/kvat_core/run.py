@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 
 from pydantic import JsonValue
@@ -21,6 +22,7 @@ from kvat_core.schema import (
     LaunchOrder,
     Loaded,
     Measured,
+    Profile,
     Proof,
     Resources,
     Resumed,
@@ -90,6 +92,24 @@ class Run:
         for event in stream:
             run.add(event)
         return run
+
+    def asked(self, profile: Profile, incumbent: str | None = None) -> Run:
+        """The same records under another question, to be read only.
+
+        Args:
+            profile: scenarios and weights that count instead of the run's own.
+            incumbent: id of what is compared with; None = as it was.
+        """
+        other = copy(self)
+        other.header = self.header.model_copy(update={"profile": profile})
+        if incumbent is not None:
+            other.candidates = [
+                entry.model_copy(update={"incumbent": entry.candidate.id == incumbent}) for entry in self.candidates
+            ]
+        other._launches = {}
+        for name in ("scenarios", *_DERIVED):
+            vars(other).pop(name, None)
+        return other
 
     def add(self, event: Event) -> None:
         """Take in the next record."""
