@@ -208,18 +208,29 @@ def test_compilation_that_one_call_wins_back_makes_no_rule(make_run: MakeRun) ->
     assert whens(compiled(make_run, first_call_s=1.6)) == [{"feature_missing": "knob=fast"}]
 
 
+def test_traffic_decides_how_soon_compilation_is_won_back(make_run: MakeRun) -> None:
+    """Three calls of four save 1.5 s each, the fourth 0.3 s; both shapes have to be compiled."""
+    often, seldom = (Scenario(prompt_tokens=8, output_tokens=3, batch_size=n, weight=w) for n, w in ((1, 3), (2, 1)))
+    speeds = {"today": (1.0, 0.6), "fast": (0.5, 0.5)}
+    run = banded(make_run, [often, seldom], speeds, compiles=["fast"])
+    for scenario in (often, seldom):
+        cell = Cell(candidate="fast", scenario=scenario.key)
+        run.add(FirstCall(launch=0, cell=cell, duration_s=31.5, compilations=1, cold=True))
+    assert make_plan(run, REF).rules[0].when.requests_below == 50
+
+
 # Bands --------------------------------------------------------------------------------------------
 
 
-def banded(make_run: MakeRun, scenarios: Sequence[Scenario], speeds: Mapping[str, Sequence[float]]) -> Plan:
+def banded(make_run: MakeRun, scenarios: Sequence[Scenario], speeds: Mapping[str, Sequence[float]], **more: Any) -> Run:
     """A run over several scenarios: candidate → pace in each of them."""
     profile = Profile(name="bands", scenarios=tuple(scenarios), objective=Objective(ttft=0.5, decode=0.5), samples=1)
-    run = make_run(dict.fromkeys(speeds, ()), profile=profile)
+    run = make_run(dict.fromkeys(speeds, ()), profile=profile, **more)
     for name, values in speeds.items():
         for scenario, value in zip(scenarios, values, strict=True):
             for block, pace in enumerate(paces(value)):
                 run.add(timed(name, scenario, block, pace))
-    return make_plan(run, REF)
+    return run
 
 
 def timed(candidate: str, scenario: Scenario, block: int, pace: float) -> Sample:
@@ -242,7 +253,9 @@ def of_batch(*sizes: int) -> list[Scenario]:
 
 
 def test_each_batch_size_that_has_a_winner_of_its_own_gets_a_rule(make_run: MakeRun) -> None:
-    plan = banded(make_run, of_batch(1, 4, 16), {"today": (1, 1, 1), "a": (0.2, 0.5, 0.9), "b": (0.8, 0.8, 0.5)})
+    plan = make_plan(
+        banded(make_run, of_batch(1, 4, 16), {"today": (1, 1, 1), "a": (0.2, 0.5, 0.9), "b": (0.8, 0.8, 0.5)}), REF
+    )
     assert plan.winner.id == "a"
     rule = next(rule for rule in plan.rules if rule.when.batch_above)
     assert (rule.when.keys(), rule.use) == ({"batch_above": 4}, "b")
@@ -252,20 +265,22 @@ def test_each_batch_size_that_has_a_winner_of_its_own_gets_a_rule(make_run: Make
 
 
 def test_bands_below_and_between_have_an_upper_end(make_run: MakeRun) -> None:
-    plan = banded(make_run, of_batch(1, 4, 16), {"today": (1, 1, 1), "a": (0.9, 0.9, 0.1), "b": (0.6, 0.6, 0.8)})
+    plan = make_plan(
+        banded(make_run, of_batch(1, 4, 16), {"today": (1, 1, 1), "a": (0.9, 0.9, 0.1), "b": (0.6, 0.6, 0.8)}), REF
+    )
     assert whens(plan)[:2] == [{"batch_at_most": 1}, {"batch_above": 1, "batch_at_most": 4}]
     assert [use(plan, batch_size=size) for size in (1, 3, 4, 5)] == ["b", "b", "b", "a"]
 
 
 def test_long_prompts_have_their_own_winner_where_that_was_measured(make_run: MakeRun) -> None:
     scenarios = [Scenario(prompt_tokens=tokens, output_tokens=3) for tokens in (8, 16)]
-    plan = banded(make_run, scenarios, {"today": (1, 1), "a": (0.2, 0.9), "b": (0.8, 0.5)})
+    plan = make_plan(banded(make_run, scenarios, {"today": (1, 1), "a": (0.2, 0.9), "b": (0.8, 0.5)}), REF)
     assert use(plan, prompt_tokens=8) == "a"
     assert use(plan, prompt_tokens=9) == "b"
 
 
 def test_a_difference_that_noise_explains_makes_no_band(make_run: MakeRun) -> None:
-    plan = banded(make_run, of_batch(1, 4), {"today": (1, 1), "a": (0.5, 0.5), "b": (0.6, 0.4975)})
+    plan = make_plan(banded(make_run, of_batch(1, 4), {"today": (1, 1), "a": (0.5, 0.5), "b": (0.6, 0.4975)}), REF)
     assert not any(rule.when.batch_above or rule.when.batch_at_most for rule in plan.rules)
 
 
