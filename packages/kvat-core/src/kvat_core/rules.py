@@ -14,11 +14,9 @@ from itertools import pairwise
 from typing import Literal
 
 from kvat_core.decision import Decision, decide
+from kvat_core.pareto import MEMORY_STEP_BYTES
 from kvat_core.run import Run
 from kvat_core.schema import CandidateResult, Condition, Ratio, Rule, Scenario, eligible_by_score, needed_bytes
-
-MEMORY_STEP_BYTES = 64 * 2**20
-"""Peaks that are closer than this are taken for equal: each was read once, in one process."""
 
 
 @dataclass(frozen=True)

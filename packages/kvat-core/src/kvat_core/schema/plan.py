@@ -212,6 +212,11 @@ class Plan(Record):
     equivalents: tuple[str, ...] = Field(description="candidates that cannot be told from the winner, itself apart")
     max_context: MaxContext | None = Field(default=None, description="null: not determined in this run")
     metrics: WinnerMetrics
+    pareto: tuple[str, ...] = Field(
+        default=(),
+        description="candidates that no other one is shown to beat in first token, decoding, peak memory and longest "
+        "context alike, as far as these are known: the winner, if it is one of them, then by score",
+    )
     rules: tuple[Rule, ...] = Field(default=(), description="in order; what holds in a situation is for resolve()")
     notes: tuple[str, ...] = Field(default=(), description="what a reader must know before trusting the figures")
     candidates: tuple[CandidateResult, ...]
