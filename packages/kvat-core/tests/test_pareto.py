@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -77,6 +78,20 @@ def test_one_block_and_no_common_block_remove_nobody() -> None:
     apart = Objectives(ttft={7: 1.0, 8: 1.0}, decode={7: 1.0, 8: 1.0})
     assert pareto_front(one) == ("slow", "fast")
     assert pareto_front({"slow": still(0, 0), "apart": apart}) == ("slow", "apart")
+
+
+def ahead_by(standard_errors: float) -> dict[str, Objectives]:
+    """One candidate, and one that is as many standard errors ahead in both speeds, over six blocks."""
+    spread = math.sqrt(5) / standard_errors
+    noisy = {block: 1.0 + (spread if block % 2 else -spread) for block in range(6)}
+    return {"behind": still(0.0, 0.0), "ahead": Objectives(ttft=noisy, decode=noisy)}
+
+
+def test_all_comparisons_share_the_level() -> None:
+    others = {str(number): still(-5.0 - number, 5.0 + number) for number in range(8)}
+    assert pareto_front(ahead_by(5.5)) == ("ahead",)
+    assert pareto_front({**ahead_by(5.5), **others})[:2] == ("behind", "ahead")
+    assert pareto_front(ahead_by(3.4)) == ("behind", "ahead")
 
 
 def test_noise_alone_removes_nobody() -> None:
