@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -92,6 +93,17 @@ def test_all_comparisons_share_the_level() -> None:
     assert pareto_front(ahead_by(5.5)) == ("ahead",)
     assert pareto_front({**ahead_by(5.5), **others})[:2] == ("behind", "ahead")
     assert pareto_front(ahead_by(3.4)) == ("behind", "ahead")
+
+
+def test_to_be_ahead_in_one_thing_is_not_enough_where_another_is_not_shown() -> None:
+    """Half the memory, and decoding that is faster in most blocks, but not in all."""
+    under = still(0.0, 0.0, peak=2 * GIB)
+    decode = {block: 0.1 if block else -0.2 for block in range(6)}
+    assert pareto_front({"under": under, "over": replace(still(0.0, 0.0, peak=GIB), decode=decode)}) == (
+        "under",
+        "over",
+    )
+    assert pareto_front({"under": under, "over": still(0.0, 0.1, peak=GIB)}) == ("over",)
 
 
 def test_noise_alone_removes_nobody() -> None:

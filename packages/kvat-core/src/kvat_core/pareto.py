@@ -8,7 +8,7 @@ that all comparisons share (Bonferroni). Where they show nothing, both stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kvat_core import stats
@@ -35,15 +35,6 @@ class Objectives:
     """Longest context; None = unknown."""
 
 
-@dataclass(frozen=True)
-class _Lead:
-    """How surely one candidate is ahead of another in one objective, as probabilities."""
-
-    ahead: float
-    """… or equal."""
-    by_a_step: float
-
-
 def pareto_front(measured: Mapping[str, Objectives]) -> tuple[str, ...]:
     """Names of those that nobody dominates, in the order given.
 
@@ -58,25 +49,29 @@ def pareto_front(measured: Mapping[str, Objectives]) -> tuple[str, ...]:
 
 
 def _dominates(over: Objectives, under: Objectives, level: float) -> bool:
-    leads = _leads(over, under)
-    sure = 1 - level / len(leads)
-    return all(lead.ahead >= sure for lead in leads) and any(lead.by_a_step >= sure for lead in leads)
-
-
-def _leads(over: Objectives, under: Objectives) -> list[_Lead]:
-    leads = [_faster(over.ttft, under.ttft, TTFT_STEP), _faster(over.decode, under.decode, DECODE_STEP)]
-    if over.peak_bytes is not None and under.peak_bytes is not None:
-        saved_bytes = under.peak_bytes - over.peak_bytes
-        leads.append(_Lead(float(saved_bytes >= 0), float(saved_bytes > MEMORY_STEP_BYTES)))
-    if over.context_tokens is not None and under.context_tokens is not None:
-        longer = over.context_tokens / under.context_tokens
-        leads.append(_Lead(float(longer >= 1), float(longer > 1 + CONTEXT_STEP)))
-    return leads
-
-
-def _faster(over: Mapping[int, float], under: Mapping[int, float], step: float) -> _Lead:
-    log_ratios = [over[block] - under[block] for block in sorted(over.keys() & under.keys())]
-    return _Lead(
-        ahead=stats.probability_above(log_ratios, 0.0),
-        by_a_step=stats.probability_above(log_ratios, math.log1p(step)),
+    speeds = [
+        (_log_ratios(over.ttft, under.ttft), math.log1p(TTFT_STEP)),
+        (_log_ratios(over.decode, under.decode), math.log1p(DECODE_STEP)),
+    ]
+    sizes = list(_leads_in_size(over, under))
+    # Most pairs are settled by the best estimate, which costs next to nothing.
+    if any(lead < 0 for lead in sizes) or any(sum(ratios) < 0 for ratios, _ in speeds):
+        return False
+    sure = 1 - level / (len(speeds) + len(sizes))
+    if any(stats.probability_above(ratios, 0.0) < sure for ratios, _ in speeds):
+        return False
+    return any(lead > 1 for lead in sizes) or any(
+        stats.probability_above(ratios, step) >= sure for ratios, step in speeds
     )
+
+
+def _log_ratios(over: Mapping[int, float], under: Mapping[int, float]) -> list[float]:
+    return [over[block] - under[block] for block in sorted(over.keys() & under.keys())]
+
+
+def _leads_in_size(over: Objectives, under: Objectives) -> Iterator[float]:
+    """By how many steps one candidate is ahead in what is known of both, and known exactly."""
+    if over.peak_bytes is not None and under.peak_bytes is not None:
+        yield (under.peak_bytes - over.peak_bytes) / MEMORY_STEP_BYTES
+    if over.context_tokens is not None and under.context_tokens is not None:
+        yield (over.context_tokens - under.context_tokens) / (CONTEXT_STEP * under.context_tokens)
