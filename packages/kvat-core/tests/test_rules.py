@@ -92,6 +92,13 @@ def test_a_condition_holds_if_all_its_keys_do(
     assert not condition.holds(Situation())
 
 
+def test_a_rule_about_nobody_is_no_plan(make_run: MakeRun) -> None:
+    plan = make_plan(make_run({"today": NEAR}), REF).model_dump()
+    stray = {"when": {"batch_above": 1}, "use": "nobody", "because": "of a typo"}
+    with pytest.raises(ValidationError, match="a rule uses 'nobody', which is no candidate of the plan"):
+        Plan.model_validate({**plan, "rules": [stray]})
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 

@@ -248,10 +248,13 @@ class Plan(Record):
         winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.
         """
         usable = [one for one in self._by_preference(situation) if one.runs_without(situation.missing_features)]
-        short = {one.id: one.lacking_bytes(situation) for one in usable}
-        of_winner = self.candidate(self.winner.id).lacking_bytes(situation)
-        lacking = {name: of_winner or 0 if known is None else known for name, known in short.items()}
-        return min(usable, key=lambda one: lacking[one.id], default=self.candidate(self.winner.id))
+        of_winner = self.candidate(self.winner.id).lacking_bytes(situation) or 0
+
+        def lacking_bytes(one: CandidateResult) -> int:
+            own = one.lacking_bytes(situation)
+            return of_winner if own is None else own
+
+        return min(usable, key=lacking_bytes, default=self.candidate(self.winner.id))
 
     def _by_preference(self, situation: Situation) -> list[CandidateResult]:
         """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score."""
