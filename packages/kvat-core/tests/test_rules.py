@@ -149,6 +149,15 @@ def test_where_the_device_has_memory_of_its_own_that_is_compared(make_run: MakeR
     assert use(plan, device_memory_free_bytes=9 * GIB, host_memory_free_bytes=2 * GIB) == "fast"
 
 
+def test_what_is_short_of_one_memory_does_not_fit_whatever_is_unknown_of_the_other(ladder: Plan) -> None:
+    candidate = ladder.candidate("fast")
+    short = Situation(host_memory_free_bytes=GIB, device_memory_free_bytes=GIB)
+    enough = Situation(host_memory_free_bytes=9 * GIB, device_memory_free_bytes=GIB)
+    assert candidate.lacking_bytes(short) == needed_bytes(8 * GIB) - GIB
+    assert candidate.lacking_bytes(enough) is None
+    assert candidate.lacking_bytes(Situation()) == 0
+
+
 def test_peaks_that_hardly_differ_make_no_rule(make_run: MakeRun) -> None:
     peaks = {"today": 8 * GIB - 60 * 2**20, "fast": 8 * GIB}
     plan = make_plan(make_run({"today": paces(1.0), "fast": paces(0.5)}, peaks=peaks), REF)
