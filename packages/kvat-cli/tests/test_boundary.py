@@ -122,7 +122,7 @@ def test_debug_gives_the_traceback_wherever_it_stands(kvat: Run, words: tuple[st
 
 def test_help_lists_every_command(kvat: Run) -> None:
     assert kvat().out == kvat("--help").out
-    for command in ("tune", "apply", "engines", "profiles", "doctor", "schema"):
+    for command in ("tune", "plan", "apply", "engines", "profiles", "doctor", "schema"):
         assert f"\n  {command} " in kvat("--help").out
         assert f"Usage: kvat {command}" in kvat(command, "--help").out
 

@@ -51,3 +51,13 @@ def test_asking_in_between_changes_nothing(make_run: MakeRun) -> None:
         assert view(asked) == view(Run.from_events([finished.header, *events[:number]]))
     assert asked.alias_of("third") == "today"
     assert list(asked.failures) == ["other"]
+
+
+def test_another_question_is_answered_from_the_same_records(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.1], "other": [0.5, 0.25]})
+    before = view(run)
+    more = run.asked(run.header.profile.model_copy(update={"samples": 9}), incumbent="other")
+    assert (run.incumbent, more.incumbent) == ("today", "other")
+    assert more.complete_rounds(cell("today")) == set()
+    assert view(run) == before
+    assert run.complete_rounds(cell("today")) == {0, 1}

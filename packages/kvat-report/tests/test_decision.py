@@ -32,7 +32,7 @@ def test_better_than_an_incumbent_that_failed(make_plan: Callable[..., Plan]) ->
     plan = make_plan()
     (incumbent,) = only(plan, "aaaaaaaaaa")
     incumbent |= {"state": "failed", "failure": {"kind": "oom_host", "phase": "load", "reason": "killed\nby limit"}}
-    sentence = decision(make_plan(ratio=None, candidates=[incumbent, *only(plan, "bbbbbbbbbb")]))
+    sentence = decision(make_plan(ratio=None, rules=[], candidates=[incumbent, *only(plan, "bbbbbbbbbb")]))
     assert sentence == (
         "Better: switch to static, sdpa; what you run today (dynamic, sdpa) has no figures to compare with: "
         "it failed with oom_host (killed by limit)."
@@ -48,7 +48,7 @@ def test_tie_keeps_the_incumbent_and_says_why(make_plan: Callable[..., Plan]) ->
 
 def test_tie_without_an_alternative(make_plan: Callable[..., Plan]) -> None:
     alone = only(make_plan(), "aaaaaaaaaa", "9999999999", "dddddddddd")
-    assert decision(make_plan(verdict="tie", candidates=alone, **KEEP)) == (
+    assert decision(make_plan(verdict="tie", rules=[], candidates=alone, **KEEP)) == (
         "Tie: keep what you run today (dynamic, sdpa); nothing else was measured that could replace it."
     )
 

@@ -35,7 +35,7 @@ def test_golden_report_of_a_tie_without_optional_parts(make_plan: Callable[..., 
     measured = make_plan().candidate("aaaaaaaaaa").model_copy(update={"aliases": ()}).model_dump()
     plan = make_plan(
         verdict="tie", winner=incumbent, ratio=None, equivalents=[], notes=[], candidates=[measured],
-        metrics={"error_rate": 0.0, "jitter": None},
+        pareto=[], rules=[], metrics={"error_rate": 0.0, "jitter": None},
     )  # fmt: skip
     assert_golden("tie.md", MarkdownReport().render(plan))
 
@@ -44,7 +44,8 @@ def test_sections_follow_the_reader_s_questions(make_plan: Callable[..., Plan]) 
     report = MarkdownReport().render(make_plan())
     assert re.findall("^## (.+)$", report, flags=re.MULTILINE) == [
         "How sure", "What was measured, and on what", "Scenarios", "Ranking", "Failures", "What compiling costs",
-        "Excluded and not eligible", "Aliases", "Equivalents", "Notes", "How to apply", "Definitions", "Evidence",
+        "Excluded and not eligible", "Aliases", "Equivalents", "Fallbacks", "Notes", "How to apply", "Definitions",
+        "Evidence",
     ]  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def _with_strings(plan: Plan, text: str) -> Any:
     """The plan with every free string from outside replaced."""
     fixed = {
         "format", "id", "verdict", "state", "kind", "level", "weights", "equivalents", "name", "created", "prompt",
-        "use",
+        "use", "pareto",
     }  # fmt: skip
 
     def replace(value: Any, key: str = "") -> Any:
@@ -115,6 +116,8 @@ def _with_strings(plan: Plan, text: str) -> Any:
             return {(text if free_keys else k): replace(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [replace(item, key) for item in value]
+        if key == "feature_missing":
+            return f"knob={text}"
         return text if isinstance(value, str) and key not in fixed else value
 
     data = plan.model_dump(mode="json", by_alias=True)

@@ -9,6 +9,7 @@ import typer
 from kvat_cli.commands.apply import apply
 from kvat_cli.commands.doctor import doctor
 from kvat_cli.commands.engines import engines
+from kvat_cli.commands.plan import plan
 from kvat_cli.commands.profiles import profiles
 from kvat_cli.commands.schema import schema
 from kvat_cli.commands.tune import tune
@@ -16,7 +17,7 @@ from kvat_cli.commands.tune import tune
 # Rich is slow to import, and only the live display of `tune` needs it.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-for command in (tune, apply, engines, profiles, doctor, schema):
+for command in (tune, plan, apply, engines, profiles, doctor, schema):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""What `kvat tune` prints at the end."""
+"""What `kvat tune` prints at the end, and `kvat plan`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from kvat_core.outputs import PLAN, SNIPPET
 from kvat_report import decision, numbers, one_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvat_core.schema import Plan, Ratios
     from kvat_core.tuner import TuneResult
 
 
 def print_summary(result: TuneResult, model: str | None) -> None:
     """Decision, figures, settings, files, next steps and time."""
-    plan = result.plan
+    print_decision(result.plan)
+    print_files(result.files)
+    _print_block("Next:", _next(result, model))
+    print("\n" + _times(result))
+
+
+def print_decision(plan: Plan) -> None:
+    """Decision, figures and settings, and what to know of them."""
     print(decision(plan))
     print(
         f"Confidence: {plan.confidence.level}. Noise floor of this run: {numbers.percent(plan.confidence.noise_floor)}."
@@ -32,9 +41,11 @@ def print_summary(result: TuneResult, model: str | None) -> None:
         _print_block("Failed:", [tuple(map(one_line, row)) for row in failed])
     if plan.notes:
         _print_block("Notes:", [(note,) for note in plan.notes])
-    _print_block("Files:", [(str(path),) for path in result.files])
-    _print_block("Next:", _next(result, model))
-    print("\n" + _times(result))
+
+
+def print_files(paths: Sequence[Path]) -> None:
+    """What was written."""
+    _print_block("Files:", [(str(path),) for path in paths])
 
 
 def print_warnings(warnings: Sequence[str]) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvat_core.errors import KvatError
 from kvat_core.profiles import load_profile, presets
-from kvat_core.schema import Objective, Plan, Profile, PromptSource, Scenario, read_plan
+from kvat_core.schema import Objective, Plan, Profile, PromptSource, Scenario, Situation, read_plan
 
 if TYPE_CHECKING:
+    from kvat_core.replan import decide_again
     from kvat_core.snippets import snippet
     from kvat_core.tuner import Progress, TuneRequest, TuneResult, tune
 
@@ -24,8 +25,10 @@ __all__ = [
     "Progress",
     "PromptSource",
     "Scenario",
+    "Situation",
     "TuneRequest",
     "TuneResult",
+    "decide_again",
     "load_profile",
     "presets",
     "read_plan",
@@ -37,6 +40,7 @@ _LAZY = {
     "Progress": "kvat_core.tuner",
     "TuneRequest": "kvat_core.tuner",
     "TuneResult": "kvat_core.tuner",
+    "decide_again": "kvat_core.replan",
     "snippet": "kvat_core.snippets",
     "tune": "kvat_core.tuner",
 }

@@ -35,8 +35,8 @@ class Decision:
 
 def decide(run: Run) -> Decision | None:
     """The decision that the journal supports; None when no measured candidate is eligible."""
-    field = Field(run)
-    if not field.eligible:
+    field = Field(run) if run.candidates else None
+    if field is None or not field.eligible:
         return None
     incumbent = run.incumbent
     if incumbent in run.live and incumbent not in field.utilities:

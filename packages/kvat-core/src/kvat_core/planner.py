@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from statistics import median
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from kvat_core import metrics, scoring, stats
 from kvat_core.decision import Decision, decide
 from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.pareto import Objectives, pareto_front
+from kvat_core.rules import derive_rules
 from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import (
     CandidateEntry,
@@ -30,6 +32,7 @@ from kvat_core.schema import (
     ScenarioResult,
     State,
     WinnerMetrics,
+    eligible_by_score,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     if decision is None:
         raise _no_winner(run)
     header = run.header
+    results = tuple(_result(run, entry, decision) for entry in run.candidates)
     return Plan(
         kvat=header.kvat,
         partial=run.end is None,
@@ -76,8 +80,10 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         confidence=decision.confidence,
         equivalents=decision.equivalents,
         metrics=_winner_metrics(run, decision.winner),
+        pareto=_front(run, decision.winner, results),
+        rules=derive_rules(run, decision, results),
         notes=_notes(header, run, decision.winner),
-        candidates=tuple(_result(run, entry, decision) for entry in run.candidates),
+        candidates=results,
         journal=journal,
     )
 
@@ -255,6 +261,18 @@ def _reason(run: Run, candidate_id: str, original: str | None) -> str | None:
     if original is not None:
         return f"runs the very same thing as {_choice(run, original).label}, whose figures these are"
     return scoring.ineligible_reason(run, candidate_id)
+
+
+def _front(run: Run, winner: str, results: Sequence[CandidateResult]) -> tuple[str, ...]:
+    """Ids of those that nobody is shown to beat in everything: the winner, if it is one, then by score."""
+    utilities = scoring.utilities(run, [result.id for result in eligible_by_score(results)])
+    front = pareto_front(
+        {
+            name: Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(run, name))
+            for name, utility in utilities.items()
+        }
+    )
+    return tuple(sorted(front, key=lambda name: name != winner))
 
 
 def _state(run: Run, entry: CandidateEntry) -> State:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from copy import copy
 from functools import cached_property
 
 from kvat_core import metrics
@@ -22,6 +23,7 @@ from kvat_core.schema import (
     LaunchOrder,
     Loaded,
     Measured,
+    Profile,
     Proof,
     Resources,
     Resumed,
@@ -99,15 +101,30 @@ class Run:
             run.add(event)
         return run
 
+    def asked(self, profile: Profile, incumbent: str | None = None) -> Run:
+        """The same records under another question, to be read only.
+
+        Args:
+            profile: scenarios and weights that count instead of the run's own.
+            incumbent: id of what is compared with; None = as it was.
+        """
+        other = copy(self)
+        other.header = self.header.model_copy(update={"profile": profile})
+        for name in ("scenarios", *_OF_CANDIDATES, *_OF_LAUNCHES):
+            vars(other).pop(name, None)
+        other.candidates, other._entries, other._cells = [], {}, {}
+        other._launches, other._used, other._medians = {}, {}, {}
+        for entry in self.candidates:
+            is_it = entry.incumbent if incumbent is None else entry.candidate.id == incumbent
+            other._take_in(entry.model_copy(update={"incumbent": is_it}))
+        return other
+
     def add(self, event: Event) -> None:
         """Take in the next record."""
         self._forget(event)
         match event:
             case CandidateEntry():
-                name = event.candidate.id
-                self.candidates.append(event)
-                self._entries[name] = event
-                self._cells[name] = tuple(Cell(candidate=name, scenario=key) for key in self.scenarios)
+                self._take_in(event)
             case LaunchOrder():
                 self.launches.append(event)
                 if event.samples is not None:
@@ -150,6 +167,12 @@ class Run:
                 self.end = event
             case Header():
                 raise ValueError("a journal has one header")
+
+    def _take_in(self, entry: CandidateEntry) -> None:
+        name = entry.candidate.id
+        self.candidates.append(entry)
+        self._entries[name] = entry
+        self._cells[name] = tuple(Cell(candidate=name, scenario=key) for key in self.scenarios)
 
     def _forget(self, event: Event) -> None:
         """Drop what was worked out from the records before, as far as another one may change it."""

@@ -12,11 +12,22 @@ from kvat_report.text import Markdown, escape
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from kvat_core.schema import CandidateResult, Plan, ScenarioResult
+    from kvat_core.schema import CandidateResult, Condition, Plan, ScenarioResult
 
 _STATES = ("ok", "undecided", "pruned", "not_reached", "failed", "excluded")
 _TAIL = 200
 """Characters of a failed worker's last line that are shown."""
+_CONDITIONS = {
+    "device_memory_free_below": "less than {} of device memory is free",
+    "host_memory_free_below": "less than {} of memory is free",
+    "prompt_longer_than": "the prompt is longer than {} tokens",
+    "prompt_at_most": "the prompt has at most {} tokens",
+    "batch_above": "the batch is larger than {}",
+    "batch_at_most": "the batch is at most {}",
+    "feature_missing": "{} cannot run",
+    "error_kind": "the winner has ended with {}",
+    "requests_below": "a process serves fewer than {} calls",
+}
 _METRICS = {"ttft": "time to first token", "decode": "decoding", "memory": "memory", "stability": "steadiness"}
 
 
@@ -72,6 +83,7 @@ def _context(plan: Plan) -> dict[str, Any]:
         "last_line": _last_line,
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
+        "when": _when,
         "total_weight": sum(scenario.weight for scenario in plan.profile.scenarios),
         "shares": _shares(plan),
         "nothing": numbers.NOTHING,
@@ -110,6 +122,14 @@ def _energy(result: ScenarioResult) -> str:
     if result.energy_per_token_j is None:
         return numbers.NOTHING
     return f"{numbers.plain(result.energy_per_token_j)} J"
+
+
+def _when(condition: Condition) -> str:
+    """All that has to hold, in words."""
+    return " and ".join(
+        _CONDITIONS[key].format(numbers.size(int(value)) if "_memory_" in key else value)
+        for key, value in condition.keys().items()
+    )
 
 
 def _last_line(text: str) -> str:

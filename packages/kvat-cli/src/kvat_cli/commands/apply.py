@@ -14,6 +14,7 @@ def apply(
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the code to a new file.")] = None,
 ) -> None:
     """Print or write the code that runs a plan's winner."""
+    from kvat_cli.files import write_new
     from kvat_core import read_plan, snippet
     from kvat_core.errors import UsageError
     from kvat_core.outputs import SNIPPET
@@ -24,17 +25,5 @@ def apply(
     if write is None:
         print(code, end="")
     else:
-        _write_new(write, code)
+        write_new(write, code, "--write")
         print(f"wrote {write}")
-
-
-def _write_new(path: Path, text: str) -> None:
-    from kvat_core.errors import UsageError
-
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UsageError(f"{path} exists and is left as it is; name a new file with --write") from error
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --write") from error

@@ -21,6 +21,7 @@ from kvat_core.schema.events import (
     Stopped,
     Target,
 )
+from kvat_core.schema.fallback import Condition, Rule, Situation, needed_bytes
 from kvat_core.schema.machine import Gpu, Machine
 from kvat_core.schema.measurement import (
     Applied,
@@ -47,11 +48,11 @@ from kvat_core.schema.plan import (
     PlanModel,
     Ratio,
     Ratios,
-    Rule,
     ScenarioResult,
     State,
     Verdict,
     WinnerMetrics,
+    eligible_by_score,
     read_plan,
 )
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
@@ -68,6 +69,7 @@ __all__ = [
     "Cell",
     "Choice",
     "CompileCost",
+    "Condition",
     "Conditions",
     "Confidence",
     "ContextCall",
@@ -112,6 +114,7 @@ __all__ = [
     "Sample",
     "Scenario",
     "ScenarioResult",
+    "Situation",
     "Space",
     "State",
     "Stopped",
@@ -120,5 +123,7 @@ __all__ = [
     "Verdict",
     "WinnerMetrics",
     "digest",
+    "eligible_by_score",
+    "needed_bytes",
     "read_plan",
 ]

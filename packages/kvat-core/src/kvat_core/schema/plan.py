@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, model_validator
+from typing_extensions import Self
 
 from kvat_core.errors import UsageError
 from kvat_core.schema._base import FORMAT, Record
+from kvat_core.schema.fallback import Rule, Situation, needed_bytes
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Failure
 from kvat_core.schema.workload import Profile
@@ -95,6 +98,44 @@ class CandidateResult(Record):
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
     scenarios: tuple[ScenarioResult, ...] = ()
 
+    @property
+    def eligible(self) -> bool:
+        """Whether it may be recommended: measured in all scenarios, and nothing speaks against it."""
+        return self.state == "ok" and self.reason is None
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """The largest known of its scenarios."""
+        return max((one.peak_device_bytes for one in self.scenarios if one.peak_device_bytes is not None), default=None)
+
+    @property
+    def peak_host_bytes(self) -> int | None:
+        """The largest known of its scenarios."""
+        return max((one.peak_host_bytes for one in self.scenarios if one.peak_host_bytes is not None), default=None)
+
+    def lacking_bytes(self, situation: Situation) -> int | None:
+        """Memory that is short for it, 0 if none is; None = its peak is not known.
+
+        Of device and host the one that is shorter counts; with nothing known of free memory, nothing is short.
+        """
+        pairs = (
+            (self.peak_device_bytes, situation.device_memory_free_bytes),
+            (self.peak_host_bytes, situation.host_memory_free_bytes),
+        )
+        told = [(peak, free) for peak, free in pairs if free is not None]
+        short = max((needed_bytes(peak) - free for peak, free in told if peak is not None), default=0)
+        return None if short <= 0 and any(peak is None for peak, _ in told) else max(0, short)
+
+    def runs_without(self, features: tuple[str, ...]) -> bool:
+        """Whether it has none of these settings, each KNOB=VALUE."""
+        return not any(f"{knob}={value}" in features for knob, value in self.settings.items())
+
+
+def eligible_by_score(candidates: Iterable[CandidateResult]) -> list[CandidateResult]:
+    """Those that may be recommended, the best score first."""
+    eligible = [candidate for candidate in candidates if candidate.eligible]
+    return sorted(eligible, key=lambda one: one.score.value if one.score else 0.0, reverse=True)
+
 
 class Choice(Record):
     """A candidate, named so that a script needs no look-up."""
@@ -144,14 +185,6 @@ class JournalRef(Record):
     samples: int
 
 
-class Rule(Record):
-    """A fallback: when the situation holds, use that measured candidate."""
-
-    when: dict[str, JsonValue]
-    use: str
-    because: str
-
-
 class MaxContext(Record):
     """Longest context of the winner."""
 
@@ -179,10 +212,22 @@ class Plan(Record):
     equivalents: tuple[str, ...] = Field(description="candidates that cannot be told from the winner, itself apart")
     max_context: MaxContext | None = Field(default=None, description="null: not determined in this run")
     metrics: WinnerMetrics
-    rules: tuple[Rule, ...] = ()
+    pareto: tuple[str, ...] = Field(
+        default=(),
+        description="candidates that no other one is shown to beat in first token, decoding, peak memory and longest "
+        "context alike, as far as these are known: the winner, if it is one of them, then by score",
+    )
+    rules: tuple[Rule, ...] = Field(default=(), description="in order; what holds in a situation is for resolve()")
     notes: tuple[str, ...] = Field(default=(), description="what a reader must know before trusting the figures")
     candidates: tuple[CandidateResult, ...]
     journal: JournalRef
+
+    @model_validator(mode="after")
+    def _rules_use_candidates(self) -> Self:
+        known = {candidate.id for candidate in self.candidates}
+        if unknown := {rule.use for rule in self.rules} - known:
+            raise ValueError(f"a rule uses {min(unknown)!r}, which is no candidate of the plan")
+        return self
 
     def candidate(self, candidate_id: str) -> CandidateResult:
         """The entry with that id.
@@ -194,6 +239,29 @@ class Plan(Record):
             if candidate.id == candidate_id:
                 return candidate
         raise KeyError(candidate_id)
+
+    def resolve(self, situation: Situation) -> CandidateResult:
+        """The candidate to use: of the first rule that holds and whose candidate can run there, else the winner.
+
+        Where the winner cannot either, it is the one with the best score of those that can; where memory is too short
+        for all, the one for which least is lacking. A candidate whose peak is unknown counts as fitting wherever the
+        winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.
+        """
+        usable = [one for one in self._by_preference(situation) if one.runs_without(situation.missing_features)]
+        of_winner = self.candidate(self.winner.id).lacking_bytes(situation) or 0
+
+        def lacking_bytes(one: CandidateResult) -> int:
+            own = one.lacking_bytes(situation)
+            return of_winner if own is None else own
+
+        return min(usable, key=lacking_bytes, default=self.candidate(self.winner.id))
+
+    def _by_preference(self, situation: Situation) -> list[CandidateResult]:
+        """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score."""
+        eligible = {candidate.id: candidate for candidate in eligible_by_score(self.candidates)}
+        wanted = [rule.use for rule in self.rules if rule.when.holds(situation)]
+        ranked = dict.fromkeys([*wanted, self.winner.id, *eligible])
+        return [eligible[name] for name in ranked if name in eligible]
 
 
 def read_plan(path: Path) -> Plan:

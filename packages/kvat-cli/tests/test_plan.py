@@ -1,0 +1,71 @@
+"""`kvat plan`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvat_core import read_plan
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def first_token(tuned: Path, tmp_path: Path) -> Path:
+    """The profile of the run, with another objective."""
+    profile = json.loads((tuned / "best_plan.json").read_text(encoding="utf-8"))["profile"]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**profile, "name": "mine", "objective": {"ttft": 1}}), encoding="utf-8")
+    return path
+
+
+def test_without_a_profile_it_prints_the_plan_of_the_run(kvat: Run, tuned: Path) -> None:
+    outcome = kvat("plan", "--journal", tuned / "journal.jsonl", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == (tuned / "best_plan.json").read_text(encoding="utf-8")
+
+
+def test_another_profile_is_decided_for_and_written(kvat: Run, tuned: Path, first_token: Path, tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    before = (tuned / "journal.jsonl").read_bytes()
+    words = ("plan", "--journal", tuned / "journal.jsonl", "--profile", first_token, "--out", target)
+    outcome = kvat(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("Tie: keep what you run today (default)")
+    assert lines[-2:] == ["Files:", f"  {target}"]
+    assert read_plan(target).profile.name == "mine"
+    assert (tuned / "journal.jsonl").read_bytes() == before
+    refused = kvat(*words)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == f"kvat: error: {target} exists and is left as it is; name a new file with --out\n"
+
+
+def test_a_shape_that_was_not_measured_is_one_line(kvat: Run, tuned: Path) -> None:
+    outcome = kvat("plan", "--journal", tuned / "journal.jsonl", "--profile", "chat-agent")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"kvat: error: {tuned / 'journal.jsonl'} does not hold ")
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_journal_without_figures_ends_as_a_tune_would(kvat: Run, tuned: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "journal.jsonl"
+    bare.write_bytes((tuned / "journal.jsonl").read_bytes().splitlines(keepends=True)[0])
+    assert kvat("plan", "--journal", bare).code == 5
+
+
+def test_it_imports_no_engine(tuned: Path) -> None:
+    code = (
+        "import sys; from kvat_cli.boundary import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'rich', 'jinja2'} & set(sys.modules);"
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    words = ["plan", "--journal", str(tuned / "journal.jsonl")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,80 @@
+"""Decide again from a journal, for the same traffic or for another profile, without measuring; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvat_core import profiles
+from kvat_core.errors import AllFailed, NothingFeasible, UsageError
+from kvat_core.journal import journal_sha256, read_journal
+from kvat_core.planner import make_plan
+from kvat_core.run import Run
+from kvat_core.schema import JournalRef, Plan, Profile
+
+_OF_THE_RUN = ("prompt", "launches", "samples", "warmup")
+"""What of a profile says how to measure, and so stays what it was."""
+
+
+def decide_again(journal: Path, profile: Profile | None = None) -> Plan:
+    """The plan that a journal gives.
+
+    Args:
+        journal: of a run, finished or not; it is read only.
+        profile: traffic and weights to decide for instead of the run's own. How it was measured stays as it was, and
+            where the profile asks for something else, a note in the plan says so.
+
+    Raises:
+        UsageError: the journal cannot be read, holds no run or is being written, or lacks a shape of the profile.
+        JournalDamaged: it does not verify.
+        AllFailed: no candidate has figures in all scenarios.
+        NothingFeasible: some have, but none of those may be recommended.
+    """
+    run, sha256 = _read(journal)
+    if profile is not None:
+        run = _asked_for(profile, run, journal)
+    try:
+        return make_plan(run, JournalRef(file=journal.name, sha256=sha256, samples=len(run.samples)))
+    except (AllFailed, NothingFeasible) as error:
+        raise type(error)(f"{error}; {journal} tells of each") from error
+
+
+def _read(journal: Path) -> tuple[Run, str]:
+    """The run that is in a journal, and the digest of its file."""
+    try:
+        sha256 = journal_sha256(journal)
+        run = Run.from_events(read_journal(journal))
+        changed = journal_sha256(journal) != sha256
+    except OSError as error:
+        raise UsageError(f"cannot read journal {journal}: {error.strerror}; name the journal.jsonl of a run") from error
+    except ValueError as error:
+        raise UsageError(f"{journal} holds no run; name the journal.jsonl of one") from error
+    if changed:
+        raise UsageError(f"{journal} is being written; decide again when its run has ended")
+    return run, sha256
+
+
+def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
+    """The run under the profile's question."""
+    measured, shape = run.header.profile, run.header.shape
+    fitted, notes = profiles.fit(
+        profile.redacted(),
+        preset=profile in profiles.presets().values(),
+        contexts=(),
+        batches=(),
+        max_context_tokens=shape.max_context_tokens,
+    )
+    if missing := [one.key for one in fitted.scenarios if one.key not in run.scenarios]:
+        raise UsageError(
+            f"{journal} does not hold {', '.join(missing)} of profile {profile.name}, only "
+            f"{', '.join(run.scenarios)}; name a profile of these, or measure that one with kvat tune"
+        )
+    kept = {name: getattr(measured, name) for name in _OF_THE_RUN}
+    if other := [name for name, value in kept.items() if getattr(fitted, name) != value]:
+        notes = (
+            *notes,
+            f"{', '.join(other)} are as in the run, not as in profile {profile.name}: nothing was measured anew",
+        )
+    asked = run.asked(fitted.model_copy(update=kept))
+    new = [note for note in notes if note not in run.header.notes]
+    asked.header = asked.header.model_copy(update={"notes": (*run.header.notes, *new)})
+    return asked

@@ -1,0 +1,143 @@
+"""A journal decides again, for whatever traffic it holds, and stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvat_core import Objective, Plan, Profile, PromptSource, Scenario, decide_again, presets, read_plan, replan
+from kvat_core.errors import AllFailed, JournalDamaged, UsageError
+
+MakeCommand = Callable[..., Any]
+TWO = Profile(
+    name="two",
+    scenarios=(Scenario(prompt_tokens=8, output_tokens=3), Scenario(prompt_tokens=32, output_tokens=3)),
+    objective=Objective(decode=1),
+    launches=2,
+    samples=2,
+)
+
+
+@pytest.fixture
+def journal(command: MakeCommand) -> Path:
+    """Of a run over two scenarios in which decoding counts."""
+    run = command(profile=TWO)
+    run.run()
+    path: Path = run.journal
+    return path
+
+
+def asked(**changes: Any) -> Profile:
+    return TWO.model_copy(update={"name": "mine", **changes})
+
+
+def test_the_same_question_has_the_same_plan(journal: Path) -> None:
+    assert decide_again(journal) == decide_again(journal, TWO) == read_plan(journal.parent / "best_plan.json")
+
+
+def test_another_objective_has_another_winner_and_measures_nothing(journal: Path) -> None:
+    before = journal.read_bytes()
+    plan = decide_again(journal, asked(objective=Objective(ttft=1)))
+    assert (decide_again(journal).winner.label, plan.winner.label) == ("cache=static", "default")
+    assert (plan.profile.name, plan.profile.objective.shares()["ttft"]) == ("mine", 1)
+    assert plan.journal == decide_again(journal).journal
+    assert journal.read_bytes() == before
+
+
+def test_fewer_scenarios_with_other_weights_can_be_decided_for(journal: Path) -> None:
+    one = TWO.scenarios[1].model_copy(update={"weight": 7.0})
+    plan = decide_again(journal, asked(scenarios=(one,)))
+    assert plan.profile.scenarios == (one,)
+    assert {len(candidate.scenarios) for candidate in plan.candidates if candidate.state == "ok"} == {1}
+
+
+def test_a_shape_that_was_not_measured_is_named_with_those_that_were(journal: Path) -> None:
+    longer = Scenario(prompt_tokens=64, output_tokens=3)
+    with pytest.raises(UsageError) as error:
+        decide_again(journal, asked(scenarios=(*TWO.scenarios, longer)))
+    assert str(error.value) == (
+        f"{journal} does not hold 64+3x1 of profile mine, only 8+3x1, 32+3x1; "
+        "name a profile of these, or measure that one with kvat tune"
+    )
+
+
+def test_a_preset_is_cut_to_the_model_as_for_measuring(command: MakeCommand) -> None:
+    rag = presets()["rag"].model_copy(update={"launches": 1, "samples": 1})
+    run = command(profile="ci-micro")
+    run.run()
+    with pytest.raises(UsageError, match=f"does not hold .* of profile {rag.name}, only 128"):
+        decide_again(run.journal, presets()["rag"])
+    assert decide_again(run.journal, presets()["ci-micro"]) == decide_again(run.journal)
+
+
+def test_how_it_was_measured_stays_and_is_said(journal: Path) -> None:
+    plan = decide_again(journal, asked(samples=9, prompt=PromptSource(kind="text", value="Once upon a time")))
+    assert (plan.profile.samples, plan.profile.prompt) == (2, TWO.prompt)
+    assert "prompt, samples are as in the run, not as in profile mine: nothing was measured anew" in plan.notes
+    assert "Once" not in plan.model_dump_json()
+
+
+def test_an_unfinished_run_is_decided_as_far_as_it_went(command: MakeCommand) -> None:
+    run = command()
+    run.stop(25)
+    plan = decide_again(run.journal)
+    assert plan.partial
+    assert plan == read_plan(run.out / "best_plan.json")
+
+
+def test_a_damaged_journal_is_refused_and_left_as_it_is(journal: Path) -> None:
+    damaged = journal.read_bytes().replace(b'"round":0', b'"round":1', 1) + b'{"torn'
+    journal.write_bytes(damaged)
+    with pytest.raises(JournalDamaged, match="line"):
+        decide_again(journal)
+    assert journal.read_bytes() == damaged
+
+
+def test_a_torn_end_is_no_record_and_stays(journal: Path) -> None:
+    plan = decide_again(journal)
+    torn = journal.read_bytes() + b'{"torn'
+    journal.write_bytes(torn)
+    again = decide_again(journal)
+    assert again == plan.model_copy(update={"journal": again.journal})
+    assert journal.read_bytes() == torn
+    assert {path.name for path in journal.parent.glob("journal*")} == {"journal.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read journal .*: No such file"), (b"", "holds no run"), (b"{", "holds no")]
+)
+def test_what_is_no_journal_is_said(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "some"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{message}.*; name the journal.jsonl of"):
+        decide_again(path)
+
+
+def test_a_journal_without_figures_has_no_plan(journal: Path) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0])
+    with pytest.raises(AllFailed, match=f"nothing was measured; {journal} tells of each"):
+        decide_again(journal)
+
+
+def test_a_journal_that_grows_meanwhile_is_no_evidence(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def growing(path: Path) -> Any:
+        yield from read_journal(path)
+        path.write_bytes(path.read_bytes() + b"more")
+
+    read_journal = replan.read_journal
+    monkeypatch.setattr(replan, "read_journal", growing)
+    with pytest.raises(UsageError, match="is being written; decide again when its run has ended"):
+        decide_again(journal)
+
+
+def test_rules_are_those_of_the_new_question(journal: Path) -> None:
+    def features(plan: Plan) -> list[str | None]:
+        return [rule.when.feature_missing for rule in plan.rules if rule.when.feature_missing]
+
+    assert features(decide_again(journal)) == ["cache=static"]
+    assert features(decide_again(journal, asked(objective=Objective(ttft=1)))) == []
