@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvat_core.errors import KvatError
 from kvat_core.profiles import load_profile, presets
-from kvat_core.schema import Objective, Plan, Profile, PromptSource, Scenario, read_plan
+from kvat_core.schema import Limit, Limits, Objective, Plan, Profile, PromptSource, Scenario, read_plan
 
 if TYPE_CHECKING:
     from kvat_core.snippets import snippet
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KvatError",
+    "Limit",
+    "Limits",
     "Objective",
     "Plan",
     "Profile",

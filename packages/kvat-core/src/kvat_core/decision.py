@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from kvat_core import scoring, stats
+from kvat_core import limits, scoring, stats
 from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import Confidence, Ratio, Ratios, Verdict
 
@@ -46,7 +46,9 @@ class _Field:
             if run.alias_of(candidate) is None and scoring.complete_rounds(run, candidate)
         ]
         self.utilities = scoring.utilities(run, measured)
-        self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+        self.eligible = limits.preferred(
+            run, [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+        )
         self.noise_floor = self._noise_floor()
         self.epsilon = max(MIN_DIFFERENCE, 2 * self.noise_floor)
 

@@ -40,7 +40,11 @@ from kvat_core.schema.plan import (
     Confidence,
     Estimate,
     JournalRef,
+    Kept,
+    LimitName,
+    LimitResult,
     MaxContext,
+    NearMiss,
     Plan,
     PlanEngine,
     PlanModel,
@@ -54,7 +58,7 @@ from kvat_core.schema.plan import (
     read_plan,
 )
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
-from kvat_core.schema.workload import Objective, Profile, PromptSource, Scenario
+from kvat_core.schema.workload import Limit, Limits, Objective, Profile, PromptSource, Scenario
 
 __all__ = [
     "EVENT_TYPES",
@@ -82,16 +86,22 @@ __all__ = [
     "Header",
     "Health",
     "JournalRef",
+    "Kept",
     "Knob",
     "KnobValue",
     "LaunchEnd",
     "LaunchOrder",
+    "Limit",
+    "LimitName",
+    "LimitResult",
+    "Limits",
     "Loaded",
     "Machine",
     "MaxContext",
     "Measured",
     "ModelRef",
     "ModelShape",
+    "NearMiss",
     "Objective",
     "Plan",
     "PlanEngine",
