@@ -17,18 +17,17 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from statistics import median
 
 from scipy.special import bdtr, bdtrc
 
-from kvat_core import metrics, stats
+from kvat_core import stats
+from kvat_core.bounds import CONTEXT, PEAKS, TIMED, Bound
 from kvat_core.run import Run
 from kvat_core.schema import (
     Cell,
     Kept,
     Limit,
-    LimitName,
     LimitResult,
     Limits,
     ModelShape,
@@ -48,35 +47,6 @@ _WORST: tuple[Kept, ...] = ("pass", "undecided", "fail")
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """What a limit is about."""
-
-    name: LimitName
-    what: str
-    unit: str
-    at_most: bool = True
-
-    def keeps(self, value: float, limit: float) -> bool:
-        return value <= limit if self.at_most else value >= limit
-
-    def miss(self, value: float, limit: float) -> float:
-        """Relative distance beyond the limit; negative for what keeps it."""
-        return (value - limit if self.at_most else limit - value) / limit
-
-    def condition(self, limit: float, percentile: float | None) -> str:
-        share = f" p{percentile:g}" if percentile is not None else ""
-        return f"{self.what}{share} {'≤' if self.at_most else '≥'} {self.shown(limit)}"
-
-    def shown(self, value: float) -> str:
-        unit = self.unit
-        if unit == "B":
-            value, unit = value / 2**20, "MiB"
-        elif unit == "s" and value < 1:
-            value, unit = value * 1000, "ms"
-        return f"{value:.4g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-
-
-@dataclass(frozen=True)
 class _Finding:
     """What was seen of a limit, in one scenario or in none."""
 
@@ -91,36 +61,24 @@ _UNMEASURED = _Finding("undecided", None, lacks="it was not measured")
 _ONE_LAUNCH = "one launch does not tell how much launches differ"
 
 
-_TIMED: tuple[tuple[_Bound, Callable[[Sample], float]], ...] = (
-    (_Bound("max_ttft_s", "TTFT", "s"), metrics.ttft_s),
-    (_Bound("max_tpot_s", "TPOT", "s"), metrics.tpot_s),
-    (_Bound("min_decode_tps", "decode rate", "tok/s", at_most=False), metrics.decode_tps),
-)
-_PEAKS: tuple[tuple[_Bound, Callable[[Resources], int | None]], ...] = (
-    (_Bound("max_device_bytes", "device memory", "B"), attrgetter("peak_device_bytes")),
-    (_Bound("max_host_bytes", "host memory", "B"), attrgetter("peak_host_bytes")),
-)
-_CONTEXT = _Bound("min_context_tokens", "context", "tokens", at_most=False)
-
-
 def results(run: Run, candidate_id: str) -> tuple[LimitResult, ...]:
     """Each limit of the profile, judged by all that was measured of a candidate so far."""
     limits = run.header.profile.limits
     found: list[LimitResult] = []
-    for bound, peak_of in _PEAKS:
+    for bound, peak_of in PEAKS:
         if (most := getattr(limits, bound.name)) is not None:
             found.append(_result(bound, most, None, _peak(run, candidate_id, most, peak_of)))
-    for bound, metric in _TIMED:
+    for bound, metric in TIMED:
         if (limit := getattr(limits, bound.name)) is not None:
             finding = _timed(run, candidate_id, bound, limit, metric)
             found.append(_result(bound, limit.value, limit.percentile, finding))
     if (least := limits.min_context_tokens) is not None:
-        found.append(_result(_CONTEXT, least, None, _context(run, candidate_id, least)))
+        found.append(_result(CONTEXT, least, None, _context(run, candidate_id, least)))
     return tuple(found)
 
 
 def misses(run: Run, candidate_id: str) -> str | None:
-    """Which limits a candidate fails and by how much, in words; None = none for sure."""
+    """Which limits a candidate fails and by how much, in words; None where none is shown to be failed."""
     return " and ".join(one.reason for one in results(run, candidate_id) if one.verdict == "fail") or None
 
 
@@ -200,7 +158,7 @@ def _peak(run: Run, candidate_id: str, most: float, peak_of: Callable[[Resources
     return _Finding("undecided", peak, lacks=f"peaks of two processes may differ by {_percent(MEMORY_MARGIN)}")
 
 
-def _timed(run: Run, candidate_id: str, bound: _Bound, limit: Limit, metric: Callable[[Sample], float]) -> _Finding:
+def _timed(run: Run, candidate_id: str, bound: Bound, limit: Limit, metric: Callable[[Sample], float]) -> _Finding:
     """In the scenario that is furthest from keeping the limit."""
     judge = _by_median if limit.percentile == MEDIAN else _by_count
     findings = []
@@ -211,11 +169,11 @@ def _timed(run: Run, candidate_id: str, bound: _Bound, limit: Limit, metric: Cal
     return max(findings, key=lambda one: (_WORST.index(one.verdict), _distance(bound, limit, one)))
 
 
-def _distance(bound: _Bound, limit: Limit, finding: _Finding) -> float:
+def _distance(bound: Bound, limit: Limit, finding: _Finding) -> float:
     return -math.inf if finding.observed is None else bound.miss(finding.observed, limit.value)
 
 
-def _by_median(launches: Sequence[Sequence[float]], bound: _Bound, limit: Limit) -> _Finding:
+def _by_median(launches: Sequence[Sequence[float]], bound: Bound, limit: Limit) -> _Finding:
     if not launches:
         return _UNMEASURED
     found = stats.estimate([median(calls) for calls in launches])
@@ -230,7 +188,7 @@ def _by_median(launches: Sequence[Sequence[float]], bound: _Bound, limit: Limit)
     return _Finding("undecided", found.median, lacks=f"95 % interval over {found.n} launches: {interval}")
 
 
-def _by_count(launches: Sequence[Sequence[float]], bound: _Bound, limit: Limit) -> _Finding:
+def _by_count(launches: Sequence[Sequence[float]], bound: Bound, limit: Limit) -> _Finding:
     calls = sorted((call for launch in launches for call in launch), reverse=not bound.at_most)
     if not calls:
         return _UNMEASURED
@@ -255,7 +213,7 @@ def _context(run: Run, candidate_id: str, least: int) -> _Finding:
     return _Finding("undecided", max(held, default=None), lacks="nothing longer was tried")
 
 
-def _result(bound: _Bound, limit: float, percentile: float | None, finding: _Finding) -> LimitResult:
+def _result(bound: Bound, limit: float, percentile: float | None, finding: _Finding) -> LimitResult:
     seen = "" if finding.observed is None else f": {bound.shown(finding.observed)}"
     where = "" if finding.scenario is None else f" in {finding.scenario}"
     condition = bound.condition(limit, percentile)
