@@ -156,6 +156,20 @@ def test_each_timed_limit_has_its_metric_and_its_direction(
     assert judged(kept).verdict == "pass"
 
 
+@pytest.mark.parametrize(("value", "verdict"), [(0.85, "pass"), (0.98, "undecided"), (1.1, "fail")])
+def test_of_a_median_rate_the_slow_end_of_the_interval_has_to_keep_the_limit(
+    make_run: MakeRun, value: float, verdict: str
+) -> None:
+    run = make_run({"today": [1.0, 1.03, 0.97]}, profile=limited(min_decode_tps=Limit(value=value)))
+    assert judged(run).verdict == verdict
+
+
+@pytest.mark.parametrize("limit", [Limit(value=0.25), percentile(95, 0.25)])
+def test_a_value_at_its_limit_keeps_it(make_run: MakeRun, limit: Limit) -> None:
+    run = make_run({"today": [0.25] * 60}, profile=limited(max_ttft_s=limit))
+    assert judged(run).verdict == "pass"
+
+
 @pytest.mark.parametrize("limit", [Limit(value=100), percentile(60, 100)])
 def test_one_launch_decides_no_timed_limit(make_run: MakeRun, limit: Limit) -> None:
     one = make_run({"today": [1.0]}, profile=limited(max_ttft_s=limit))
