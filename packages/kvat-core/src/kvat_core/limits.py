@@ -43,7 +43,7 @@ MEMORY_MARGIN = 0.02
 MEDIAN = 50.0
 CLOSEST = 3
 """Candidates that a plan names where nothing is feasible."""
-_WORST: tuple[Kept, ...] = ("pass", "undecided", "fail")
+_TO_WORST: tuple[Kept, ...] = ("pass", "undecided", "fail")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _timed(run: Run, candidate_id: str, bound: Bound, limit: Limit, metric: Call
         rounds = run.samples_of(Cell(candidate=candidate_id, scenario=key))
         launches = [[metric(sample) for sample in samples] for _, samples in sorted(rounds.items())]
         findings.append(replace(judge(launches, bound, limit), scenario=key))
-    return max(findings, key=lambda one: (_WORST.index(one.verdict), _distance(bound, limit, one)))
+    return max(findings, key=lambda one: (_TO_WORST.index(one.verdict), _distance(bound, limit, one)))
 
 
 def _distance(bound: Bound, limit: Limit, finding: _Finding) -> float:
