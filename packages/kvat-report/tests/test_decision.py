@@ -63,3 +63,41 @@ def test_undecided_says_what_would_decide(make_plan: Callable[..., Plan]) -> Non
 def test_a_partial_plan_says_that_it_is_one(make_plan: Callable[..., Plan]) -> None:
     whole, partial = decision(make_plan()), decision(make_plan(partial=True))
     assert partial == f"By what was measured before the run was ended: {whole}"
+
+
+def limit(verdict: str, reason: str) -> dict[str, Any]:
+    """A limit of TTFT as it was judged."""
+    figures = {"limit": 0.3, "percentile": 95, "scenario": "8+3x1", "observed": 0.4, "missed_by": None}
+    return {"name": "max_ttft_s", "verdict": verdict, "reason": reason, **figures}
+
+
+def with_limits(plan: Plan, today: str, winner: str) -> list[Any]:
+    incumbent, chosen, *others = only(plan, "aaaaaaaaaa", "bbbbbbbbbb", "9999999999")
+    incumbent["limits"], chosen["limits"] = [limit(today, f"{today}s it")], [limit(winner, f"{winner}s it")]
+    return [incumbent, chosen, *others]
+
+
+def test_a_winner_for_the_sake_of_limits_says_which(make_plan: Callable[..., Plan]) -> None:
+    for today, winner in (("fail", "pass"), ("fail", "undecided"), ("undecided", "pass")):
+        sentence = decision(make_plan(candidates=with_limits(make_plan(), today, winner)))
+        assert sentence == (
+            f"Better: switch to static, sdpa, as what you run today (dynamic, sdpa) {today}s it; its score is "
+            "1.41× [1.37, 1.45] that of today."
+        )
+
+
+def test_limits_that_do_not_speak_against_today_change_nothing(make_plan: Callable[..., Plan]) -> None:
+    for both in ("pass", "undecided"):
+        assert decision(make_plan(candidates=with_limits(make_plan(), both, both))) == decision(make_plan())
+
+
+def test_infeasible_names_the_closest_and_what_it_misses(make_plan: Callable[..., Plan]) -> None:
+    near = {
+        "id": "bbbbbbbbbb",
+        "label": "static,\nsdpa",
+        "misses": [limit("fail", "misses it"), limit("fail", "misses that")],
+    }
+    plan = make_plan(winner=None, verdict="infeasible", ratio=None, confidence=None, metrics=None, closest=[near])
+    assert decision(plan) == (
+        "Infeasible: no candidate keeps the limits; the closest, static, sdpa, misses it and misses that."
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvat_core.discovery import reports
-from kvat_core.schema import Plan
+from kvat_core.schema import LimitResult, Plan
 from kvat_report import MarkdownReport
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -145,3 +145,31 @@ def test_of_a_failed_worker_the_last_line_is_shown_and_harmless(make_plan: Calla
     report = MarkdownReport().render(Plan.model_validate(data))
     assert "<script>" not in report
     assert "\n# head" not in report
+
+
+def test_limits_have_a_table_only_where_there_are_some(make_plan: Callable[..., Plan]) -> None:
+    assert "## Limits" not in MarkdownReport().render(make_plan())
+    plan = make_plan()
+    judged = LimitResult(
+        name="max_ttft_s", limit=0.3, percentile=95, scenario="8+3x1", observed=0.4, verdict="fail", missed_by=0.33,
+        reason="misses TTFT p95 ≤ 300 ms by 33 %",
+    )  # fmt: skip
+    first = plan.candidates[0].model_copy(update={"limits": (judged,)})
+    report = MarkdownReport().render(plan.model_copy(update={"candidates": (first, *plan.candidates[1:])}))
+    section = report.split("## Limits")[1].split("## ")[0]
+    assert f"| {first.label} | fail | misses TTFT p95 ≤ 300 ms by 33 % |" in section
+    assert report.index("## Ranking") < report.index("## Limits") < report.index("## Failures")
+
+
+def test_golden_report_without_a_winner(make_plan: Callable[..., Plan]) -> None:
+    miss = {
+        "name": "max_ttft_s", "limit": 0.3, "percentile": 95.0, "scenario": "2048+128x1", "observed": 0.41,
+        "verdict": "fail", "missed_by": 0.37, "reason": "misses TTFT p95 ≤ 300 ms by 37 %: 410 ms in 2048+128x1",
+    }  # fmt: skip
+    measured = make_plan().candidate("aaaaaaaaaa").model_copy(update={"aliases": ()}).model_dump()
+    plan = make_plan(
+        verdict="infeasible", winner=None, ratio=None, confidence=None, metrics=None, equivalents=[], notes=[],
+        closest=[{"id": "aaaaaaaaaa", "label": measured["label"], "misses": [miss]}],
+        candidates=[{**measured, "limits": [miss], "reason": miss["reason"], "score": None}],
+    )  # fmt: skip
+    assert_golden("infeasible.md", MarkdownReport().render(plan))

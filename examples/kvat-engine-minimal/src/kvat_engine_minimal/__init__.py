@@ -56,7 +56,7 @@ class MinimalEngine(Engine):
         runs = [
             (
                 (scenario.prompt_tokens, scenario.output_tokens, scenario.batch_size),
-                self.recipe(plan.winner.settings, scenario, target).arguments,
+                self.recipe(plan.require_winner().settings, scenario, target).arguments,
             )
             for scenario in plan.profile.scenarios
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from textwrap import indent
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from kvat_report import decision, numbers, one_line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvat_core.schema import Plan, Ratios
+    from kvat_core.schema import Choice, Confidence, Plan, Ratios
     from kvat_core.tuner import TuneResult
 
 
@@ -24,19 +24,18 @@ def print_summary(result: TuneResult, model: str | None) -> None:
     """Decision, figures, settings, files, next steps and time."""
     print_decision(result.plan)
     print_files(result.files)
-    _print_block("Next:", _next(result, model))
+    if then := _next(result, model):
+        _print_block("Next:", then)
     print("\n" + _times(result))
 
 
 def print_decision(plan: Plan) -> None:
     """Decision, figures and settings, and what to know of them."""
     print(decision(plan))
-    print(
-        f"Confidence: {plan.confidence.level}. Noise floor of this run: {numbers.percent(plan.confidence.noise_floor)}."
-    )
-    if plan.ratio is not None and plan.winner.id != plan.incumbent.id:
-        _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
-    _print_block("Settings:", _settings(plan))
+    if plan.winner is None or plan.confidence is None:
+        _print_block("Closest to the limits:", _misses(plan))
+    else:
+        _print_winner(plan, plan.winner, plan.confidence)
     if failed := [(one.label, f"{one.failure.kind}: {one.failure.reason}") for one in plan.candidates if one.failure]:
         _print_block("Failed:", [tuple(map(one_line, row)) for row in failed])
     if plan.notes:
@@ -55,6 +54,13 @@ def print_warnings(warnings: Sequence[str]) -> None:
             print(f"kvat: warning: {one_line(warning)}", file=sys.stderr)
 
 
+def _print_winner(plan: Plan, winner: Choice, confidence: Confidence) -> None:
+    print(f"Confidence: {confidence.level}. Noise floor of this run: {numbers.percent(confidence.noise_floor)}.")
+    if plan.ratio is not None and winner.id != plan.incumbent.id:
+        _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
+    _print_block("Settings:", _settings(winner, plan.incumbent.settings))
+
+
 def _print_block(title: str, rows: Sequence[Sequence[str]]) -> None:
     print(f"\n{title}\n{indent(columns(rows), '  ')}")
 
@@ -67,12 +73,15 @@ def _ratios(ratios: Ratios) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(plan: Plan) -> list[tuple[str, str]]:
+def _misses(plan: Plan) -> list[tuple[str, str]]:
+    return [(one_line(near.label), miss.reason) for near in plan.closest for miss in near.misses]
+
+
+def _settings(winner: Choice, today: Mapping[str, str]) -> list[tuple[str, str]]:
     """Settings of the winner, each with today's value where that is another one."""
-    today = plan.incumbent.settings
     return [
         (knob, value if today.get(knob) == value else f"{value} (today: {today.get(knob, numbers.NOTHING)})")
-        for knob, value in plan.winner.settings.items()
+        for knob, value in winner.settings.items()
     ]
 
 
@@ -82,6 +91,8 @@ def _next(result: TuneResult, model: str | None) -> list[tuple[str, str]]:
     scheme, local, _ = result.plan.model.id.partition("./")
     where = [shlex.quote(model.removeprefix(scheme))] if local and model else []
     unfinished = [("the same command with --resume", "measure what is missing")] if result.plan.partial else []
+    if result.plan.winner is None:
+        return unfinished
     again = [(" ".join(["python", snippet, *where]), "measure the winner again")]
     return [
         *unfinished,

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from kvat_core.errors import KvatError
 from kvat_core.profiles import load_profile, presets
-from kvat_core.schema import Objective, Plan, Profile, PromptSource, Scenario, Situation, read_plan
+from kvat_core.schema import (
+    Limit,
+    Limits,
+    Objective,
+    Plan,
+    Profile,
+    PromptSource,
+    Scenario,
+    Situation,
+    read_plan,
+)
 
 if TYPE_CHECKING:
     from kvat_core.replan import decide_again
@@ -19,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KvatError",
+    "Limit",
+    "Limits",
     "Objective",
     "Plan",
     "Profile",

@@ -147,7 +147,7 @@ class Engine(ABC):
 
     @abstractmethod
     def snippet(self, plan: Plan) -> Mapping[str, str]:
-        """File name to text; `snippet.py` runs as it is and prints the plan's metrics.
+        """File name to text; `snippet.py` runs as it is and prints the plan's metrics. The plan has a winner.
 
         A plan holds only the last part of a local model's path, so there `snippet.py` takes the path as its argument.
         """

@@ -203,13 +203,14 @@ class _ScriptedEngine(Engine):
         return ("virtual clock: nothing is computed, the times follow from the settings",)
 
     def snippet(self, plan: Plan) -> Mapping[str, str]:
+        winner = plan.require_winner()
         target = Target(
             model=ModelRef(id=plan.model.id, revision=plan.model.revision),
             device=plan.machine.device,
             threads=plan.machine.threads,
         )
         runs = [
-            (scenario.model_dump(), self.recipe(plan.winner.settings, scenario, target).model_dump(mode="json"))
+            (scenario.model_dump(), self.recipe(winner.settings, scenario, target).model_dump(mode="json"))
             for scenario in plan.profile.scenarios
         ]
         listing = pprint.pformat(runs, width=100, sort_dicts=False)

@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Literal
 
-from kvat_core import scoring, stats
+from kvat_core import limits, scoring, stats
 from kvat_core.run import Run
 from kvat_core.scoring import Utility
 from kvat_core.stats import Comparison, Spread
@@ -39,7 +39,9 @@ class Field:
         measured = [name for name in run.live if run.alias_of(name) is None and scoring.complete_rounds(run, name)]
         every = scoring.utilities(run, measured)
         self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
-        self.eligible = [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+        self.eligible = limits.preferred(
+            run, [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+        )
 
     @cached_property
     def reference(self) -> str | None:

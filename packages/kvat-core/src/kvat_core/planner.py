@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from kvat_core import metrics, scoring, stats
+from kvat_core import limits, metrics, scoring, stats
 from kvat_core.decision import Decision, decide
 from kvat_core.errors import AllFailed, NothingFeasible
 from kvat_core.pareto import Objectives, pareto_front
@@ -25,9 +26,11 @@ from kvat_core.schema import (
     Failed,
     Failure,
     JournalRef,
+    NearMiss,
     Plan,
     PlanEngine,
     PlanModel,
+    Ratio,
     Sample,
     ScenarioResult,
     State,
@@ -48,18 +51,32 @@ PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); g
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
+@dataclass(frozen=True)
+class _Nobody:
+    """What takes the place of a decision where no candidate keeps the limits."""
+
+    winner: None = None
+    verdict: Literal["infeasible"] = "infeasible"
+    ratios: None = None
+    confidence: None = None
+    equivalents: tuple[()] = ()
+    scores: Mapping[str, Ratio] = field(default_factory=dict)
+
+
 def make_plan(run: Run, journal: JournalRef) -> Plan:
     """Decide from what was measured.
 
     Raises:
         AllFailed: no candidate has figures.
-        NothingFeasible: some have, but none of those may be recommended.
+        NothingFeasible: some have, but none of those may be recommended, and not only for the limits.
     """
     decision = decide(run)
-    if decision is None:
+    closest = () if decision is not None else _closest(run)
+    if decision is None and not closest:
         raise _no_winner(run)
+    chosen = decision or _Nobody()
     header = run.header
-    results = tuple(_result(run, entry, decision) for entry in run.candidates)
+    results = tuple(_result(run, entry, chosen) for entry in run.candidates)
     return Plan(
         kvat=header.kvat,
         partial=run.end is None,
@@ -74,15 +91,16 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         machine=header.machine,
         profile=header.profile,
         incumbent=_choice(run, run.incumbent),
-        winner=_choice(run, decision.winner),
-        verdict=decision.verdict,
-        ratio=decision.ratios,
-        confidence=decision.confidence,
-        equivalents=decision.equivalents,
-        metrics=_winner_metrics(run, decision.winner),
-        pareto=_front(run, decision.winner, results),
-        rules=derive_rules(run, decision, results),
-        notes=_notes(header, run, decision.winner),
+        winner=None if chosen.winner is None else _choice(run, chosen.winner),
+        verdict=chosen.verdict,
+        ratio=chosen.ratios,
+        confidence=chosen.confidence,
+        closest=closest,
+        equivalents=chosen.equivalents,
+        metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
+        pareto=() if decision is None else _front(run, decision.winner, results),
+        rules=() if decision is None else derive_rules(run, decision, results),
+        notes=_notes(header, run, chosen.winner),
         candidates=results,
         journal=journal,
     )
@@ -91,6 +109,12 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
 def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
     """The model's name as it may be shown to others: of a local path only the last part, behind the engine's scheme."""
     return f"{scheme}./{PurePath(model_id.removeprefix(scheme)).name}" if local else model_id
+
+
+def _closest(run: Run) -> tuple[NearMiss, ...]:
+    """Who comes closest to the limits; nobody where what runs today might still keep them."""
+    fit = [name for name in run.live if run.alias_of(name) is None and scoring.unfit_reason(run, name) is None]
+    return () if run.incumbent in run.live and run.incumbent not in fit else limits.closest(run, fit)
 
 
 def _no_winner(run: Run) -> AllFailed | NothingFeasible:
@@ -111,7 +135,7 @@ def _choice(run: Run, candidate_id: str) -> Choice:
     return Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
 
 
-def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
+def _notes(header: Header, run: Run, winner: str | None) -> tuple[str, ...]:
     notes = list(header.notes)
     if run.end is None:
         notes.append(PARTIAL_NOTE.format(_how_it_ended(run)))
@@ -120,7 +144,9 @@ def _notes(header: Header, run: Run, winner: str) -> tuple[str, ...]:
     notes += _worker_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
-    notes += _compile_notes(run, winner)
+    if winner is not None:
+        notes += _compile_notes(run, winner)
+        notes += _limit_notes(run, winner)
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
@@ -137,6 +163,12 @@ def _compile_notes(run: Run, winner: str) -> list[str]:
     cells = [Cell(candidate=winner, scenario=key) for key in run.scenarios]
     costs = [(cell.scenario, cost) for cell in cells if (cost := _compile_cost(run, cell)) is not None]
     return [f"the winner compiles code for one prompt length at a time: {_cost(key, cost)}" for key, cost in costs]
+
+
+def _limit_notes(run: Run, winner: str) -> list[str]:
+    """Limits that the winner is not shown to keep."""
+    doubt = limits.undecided(limits.results(run, winner))
+    return [] if doubt is None else [f"undecided, as no candidate is shown to keep all limits: the winner {doubt}"]
 
 
 def _cost(scenario: str, cost: CompileCost) -> str:
@@ -175,7 +207,7 @@ def _memory_notes(run: Run) -> list[str]:
         notes.append(f"where peak memory could not be read, it counts as all that there is: {_few(unknown)}")
     elif unknown:
         notes.append(
-            f"memory is short, and yet does not count in the scores, because peaks are not known: {_few(unknown)}"
+            f"memory matters, and yet does not count in the scores, because peaks are not known: {_few(unknown)}"
         )
     return notes
 
@@ -235,16 +267,18 @@ def _samples(run: Run, cell: Cell) -> list[Sample]:
     return [sample for samples in run.samples_of(cell).values() for sample in samples]
 
 
-def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateResult:
+def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> CandidateResult:
     candidate = entry.candidate
     failed = run.failures.get(candidate.id)
     original = run.alias_of(candidate.id)
+    state = _state(run, entry)
+    judged = limits.results(run, candidate.id) if state == "ok" else ()
     return CandidateResult(
         id=candidate.id,
         label=candidate.label,
         settings=candidate.settings,
-        state=_state(run, entry),
-        reason=_reason(run, candidate.id, original) if failed is None else None,
+        state=state,
+        reason=_reason(run, candidate.id, original, decision.winner) if failed is None else None,
         failure=failed.failure if failed else None,
         aliases=tuple(
             other.candidate.id for other in run.candidates if run.alias_of(other.candidate.id) == candidate.id
@@ -253,14 +287,22 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision) -> CandidateRes
         rejected_share=run.rejected_share(candidate.id),
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),
+        limits=judged,
         scenarios=tuple(_scenario_results(run, candidate.id)),
     )
 
 
-def _reason(run: Run, candidate_id: str, original: str | None) -> str | None:
+def _reason(run: Run, candidate_id: str, original: str | None, winner: str | None) -> str | None:
     if original is not None:
         return f"runs the very same thing as {_choice(run, original).label}, whose figures these are"
-    return scoring.ineligible_reason(run, candidate_id)
+    return scoring.ineligible_reason(run, candidate_id) or _passed_over(run, candidate_id, winner)
+
+
+def _passed_over(run: Run, candidate_id: str, winner: str | None) -> str | None:
+    """Why a candidate with an undecided limit could not win: another one keeps all limits for sure."""
+    if winner is None or limits.undecided(limits.results(run, winner)) is not None:
+        return None
+    return limits.undecided(limits.results(run, candidate_id))
 
 
 def _front(run: Run, winner: str, results: Sequence[CandidateResult]) -> tuple[str, ...]:
@@ -288,7 +330,7 @@ def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
     results = []
     for key, scenario in run.scenarios.items():
         cell = Cell(candidate=candidate_id, scenario=key)
-        rounds = run.samples_of(cell)
+        rounds = run.blocks_of(cell)
         if not rounds:
             continue
         peak = memory.get(run.original(cell))

@@ -11,10 +11,11 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from kvat_core import discovery, lock, machine, outputs, private, profiles, prompts, resume, space
+from kvat_core import discovery, limits, lock, machine, outputs, private, profiles, prompts, resume, space
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
-from kvat_core.measure.deadlines import Deadlines, Limits
+from kvat_core.measure.deadlines import Deadlines
+from kvat_core.measure.deadlines import Limits as CallLimits
 from kvat_core.measure.launch import OpenWorker
 from kvat_core.measure.redaction import anonymous
 from kvat_core.measure.supervisor import WorkerFailed
@@ -25,6 +26,7 @@ from kvat_core.schema import (
     CandidateEntry,
     Cell,
     Header,
+    Limits,
     ModelRef,
     ModelShape,
     Profile,
@@ -73,6 +75,8 @@ class TuneRequest:
     """Prompt lengths in tokens that replace the profile's."""
     batches: tuple[int, ...] = ()
     """Batch sizes that replace the profile's."""
+    limits: Limits = field(default_factory=Limits)
+    """Those that are set replace the profile's."""
     space: Space = "safe"
     pinned: Mapping[str, str] = field(default_factory=dict)
     """Knob → value for every candidate."""
@@ -136,6 +140,9 @@ def prepare(
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,
     )
+    fitted = fitted.model_copy(update={"limits": fitted.limits.replaced_by(request.limits)})
+    if reason := limits.impossible(fitted.limits, shape, probe.device):
+        raise UsageError(reason)
     if request.revision is not None and shape.revision is None:
         raise UsageError(f"{model.id} has no revisions; leave --revision out")
     # What was described is what is loaded, however the hub changes meanwhile.
@@ -196,18 +203,20 @@ def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:
 
 
 def _ask_child(
-    engine: Engine, model: ModelRef, device: str | None, open_worker: OpenWorker, limits: Deadlines
+    engine: Engine, model: ModelRef, device: str | None, open_worker: OpenWorker, deadlines: Deadlines
 ) -> tuple[Probe, ModelShape]:
     """Probe and describe in one short-lived child, because both may import anything."""
     try:
         with open_worker({}) as worker:
-            worker.call("start", {"engine": engine.name, "scratch": None}, "start", Limits(limits.start_s))
-            probe = Probe.model_validate(worker.call("probe", {"device": device}, "probe", Limits(limits.start_s)))
+            worker.call("start", {"engine": engine.name, "scratch": None}, "start", CallLimits(deadlines.start_s))
+            probe = Probe.model_validate(
+                worker.call("probe", {"device": device}, "probe", CallLimits(deadlines.start_s))
+            )
             described = worker.call(
                 "describe",
                 {"model": model.model_dump(mode="json"), "device": probe.device},
                 "describe",
-                Limits(limits.download_s if model.allow_download else limits.load_s),
+                CallLimits(deadlines.download_s if model.allow_download else deadlines.load_s),
             )
             shape = ModelShape.model_validate(described)
     except WorkerFailed as failed:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from kvat_core import limits
 from kvat_core.metrics import Figures
 from kvat_core.run import Run
 from kvat_core.schema import Cell, Resources
@@ -41,6 +42,11 @@ class Utility:
 
 def ineligible_reason(run: Run, candidate_id: str) -> str | None:
     """Why a candidate that may have figures must not be recommended, or None."""
+    return unfit_reason(run, candidate_id) or limits.misses(run, candidate_id)
+
+
+def unfit_reason(run: Run, candidate_id: str) -> str | None:
+    """Why a candidate must not be recommended whatever its limits are, or None."""
     entry = run.entry(candidate_id)
     if entry.exclusion is not None:
         return entry.exclusion
@@ -137,10 +143,12 @@ def own_resources(run: Run, candidate_id: str) -> Resources | None:
 
 
 def memory_binds(run: Run) -> bool:
-    """Whether any launch used so much that a smaller peak is worth something.
+    """Whether memory is limited, or any launch used so much that a smaller peak is worth something.
 
     The peak of a shared launch bounds the peak of each candidate in it from above.
     """
+    if limits.limits_memory(run.header.profile.limits):
+        return True
     return any(_share_used(run, measured.resources) > MEMORY_PLENTY for measured in run.measured)
 
 

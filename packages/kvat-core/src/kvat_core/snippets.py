@@ -14,9 +14,11 @@ def snippet(plan: Plan) -> dict[str, str]:
     """The files that put a plan to use, by name; `snippet.py` is the one to run.
 
     Raises:
+        NothingFeasible: the plan has no winner.
         UsageError: the plan's engine is not installed, does not know a setting of the plan, writes no code, or names a
             file that is no plain name.
     """
+    plan.require_winner()
     files = dict(discovery.load_engine(plan.engine.name).snippet(plan))
     if SNIPPET not in files:
         raise UsageError(f"engine {plan.engine.name} writes no {SNIPPET}; apply its plan by its own means")

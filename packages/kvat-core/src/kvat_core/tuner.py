@@ -100,12 +100,13 @@ def tune(
         watch: what looks at the machine around each timed call.
 
     Returns:
-        The plan; a partial one if the run was stopped, and `stopped` says why.
+        The plan; a partial one if the run was stopped, and `stopped` says why. It has no winner if no candidate
+        keeps the limits; `plan.require_winner()` says which come closest.
 
     Raises:
         UsageError: unusable input or environment; nothing was measured and nothing touched.
         AllFailed: no candidate has figures; the journal in `out` tells why.
-        NothingFeasible: none of those that have may be recommended.
+        NothingFeasible: none of those that have may be recommended, and not only for the limits.
         BudgetUsedUp: before anything could be decided; what was measured is in the journal.
         CannotWrite: a result cannot be written; what was measured before is in the journal.
         EndedAtOnce: ended a second time, while a worker cannot be killed; what was measured is in the journal.
@@ -290,7 +291,10 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         except Exception as error:
             warnings.append(f"{what} was not written: {_cause(error)}{_moved_aside(out, [name])}")
 
-    add("the snippet", outputs.SNIPPET, partial(snippet, plan))
+    if plan.winner is not None:
+        add("the snippet", outputs.SNIPPET, partial(snippet, plan))
+    elif moved := _moved_aside(out, [outputs.SNIPPET]):
+        warnings.append(f"the snippet was not written: no candidate keeps the limits{moved}")
     for report in reports:
         add(f"report {report.name}", report.file_name, partial(_rendered, report, plan))
     times = _Times.of(run)

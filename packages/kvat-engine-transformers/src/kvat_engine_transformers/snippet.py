@@ -125,7 +125,8 @@ def render(plan: Plan) -> str:
     Raises:
         UsageError: the winner has settings that this version does not know.
     """
-    require_known(plan.winner.settings)
+    winner = plan.require_winner()
+    require_known(winner.settings)
     target = Target(
         model=ModelRef(id=plan.model.id, revision=plan.model.revision),
         device=plan.machine.device,
@@ -133,11 +134,11 @@ def render(plan: Plan) -> str:
     )
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
     # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
-    shown = recipe(plan.winner.settings, scenarios[0], target)
+    shown = recipe(winner.settings, scenarios[0], target)
     path = plan.model.id.removeprefix(RANDOM)
     local = path.startswith("./")
     return _TEMPLATE.format(
-        title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {plan.winner.label}."),
+        title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {winner.label}."),
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
         sys_import="import sys\n" if local else "",

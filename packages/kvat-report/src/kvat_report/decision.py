@@ -9,7 +9,7 @@ from kvat_report import numbers
 from kvat_report.text import one_line
 
 if TYPE_CHECKING:
-    from kvat_core.schema import CandidateResult, Plan
+    from kvat_core.schema import CandidateResult, Choice, Plan
 
 Show = Callable[[str], str]
 
@@ -22,22 +22,41 @@ def decision(plan: Plan, show: Show = one_line) -> str:
     """
     verdicts = {"better": _better, "tie": _tie, "undecided": _undecided}
     so_far = "By what was measured before the run was ended: " if plan.partial else ""
-    return so_far + verdicts[plan.verdict](plan, show)
+    if plan.winner is None:
+        return so_far + _infeasible(plan, show)
+    return so_far + verdicts[plan.verdict](plan, plan.winner, show)
 
 
-def _better(plan: Plan, show: Show) -> str:
-    switch = f"Better: switch to {_winner(plan, show)}"
+def _infeasible(plan: Plan, show: Show) -> str:
+    nearest = plan.closest[0]
+    misses = " and ".join(show(miss.reason) for miss in nearest.misses)
+    return f"Infeasible: no candidate keeps the limits; the closest, {show(nearest.label)}, {misses}."
+
+
+def _better(plan: Plan, winner: Choice, show: Show) -> str:
+    switch = f"Better: switch to {_winner(plan, winner, show)}"
     today = f"what you run today ({show(plan.incumbent.label)})"
     if plan.ratio is None:
         return f"{switch}; {today} has no figures to compare with{_why_no_figures(plan, show)}."
+    if because := _limits_of_today(plan, show):
+        return f"{switch}, as {today} {because}; its score is {numbers.ratio(plan.ratio.score)} that of today."
     return f"{switch}, whose score is {numbers.ratio(plan.ratio.score)} that of {today}."
 
 
-def _winner(plan: Plan, show: Show) -> str:
-    if plan.winner.label != "default":
-        return show(plan.winner.label)
+def _limits_of_today(plan: Plan, show: Show) -> str:
+    """Limits for which the incumbent could not stay, whatever its score; empty where it could."""
+    today, chosen = (plan.candidate(choice.id).limits for choice in (plan.incumbent, plan.require_winner()))
+    failed = [one for one in today if one.verdict == "fail"]
+    doubtful = [one for one in today if one.verdict == "undecided"]
+    sure = all(one.verdict == "pass" for one in chosen)
+    return " and ".join(show(one.reason) for one in failed or (doubtful if sure else []))
+
+
+def _winner(plan: Plan, winner: Choice, show: Show) -> str:
+    if winner.label != "default":
+        return show(winner.label)
     today = plan.incumbent.settings
-    changes = (f"{knob}={value}" for knob, value in plan.winner.settings.items() if today.get(knob) != value)
+    changes = (f"{knob}={value}" for knob, value in winner.settings.items() if today.get(knob) != value)
     return f"the engine's defaults ({show(' '.join(changes))})"
 
 
@@ -48,11 +67,12 @@ def _why_no_figures(plan: Plan, show: Show) -> str:
     return f": {show(incumbent.reason)}" if incumbent.reason else ""
 
 
-def _tie(plan: Plan, show: Show) -> str:
-    keep = f"Tie: keep what you run today ({show(plan.winner.label)})"
-    best = _best_other(plan)
+def _tie(plan: Plan, winner: Choice, show: Show) -> str:
+    keep = f"Tie: keep what you run today ({show(winner.label)})"
+    best = _best_other(plan, winner)
     if best is None:
         return f"{keep}; nothing else was measured that could replace it."
+    assert plan.confidence is not None, "a plan with a winner has one"
     least = numbers.percent(plan.confidence.epsilon)
     return (
         f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
@@ -60,9 +80,9 @@ def _tie(plan: Plan, show: Show) -> str:
     )
 
 
-def _undecided(plan: Plan, show: Show) -> str:
-    keep = f"Undecided: keep what you run today ({show(plan.winner.label)}) for now"
-    best = _best_other(plan)
+def _undecided(plan: Plan, winner: Choice, show: Show) -> str:
+    keep = f"Undecided: keep what you run today ({show(winner.label)}) for now"
+    best = _best_other(plan, winner)
     if best is None or best.score is None:
         return f"{keep}; nothing else was measured that could replace it."
     launches = "1 launch" if best.score.n == 1 else f"{best.score.n} launches"
@@ -72,10 +92,10 @@ def _undecided(plan: Plan, show: Show) -> str:
     )
 
 
-def _best_other(plan: Plan) -> CandidateResult | None:
+def _best_other(plan: Plan, winner: Choice) -> CandidateResult | None:
     others = [other for other in plan.candidates if other.state == "ok" and other.score and not other.reason]
     return max(
-        (other for other in others if other.id != plan.winner.id),
+        (other for other in others if other.id != winner.id),
         key=lambda other: other.score.value if other.score else 0.0,
         default=None,
     )

@@ -70,17 +70,19 @@ def _trusted(render: Callable[[Any], str]) -> Callable[[Any], Markdown]:
 
 def _context(plan: Plan) -> dict[str, Any]:
     labels = {candidate.id: candidate.label for candidate in plan.candidates}
+    ranking = sorted(plan.candidates, key=_rank)
     return {
         "plan": plan,
         "decision": Markdown(decision(plan, escape)),
         "label": lambda candidate_id: labels.get(candidate_id, candidate_id),
-        "ranking": sorted(plan.candidates, key=_rank),
+        "ranking": ranking,
         "roles": _roles(plan),
         "memory": _memory,
         "kv_cache": _kv_cache,
         "energy": _energy,
         "has_energy": any(result.energy_per_token_j is not None for _, result in _measured(plan)),
         "last_line": _last_line,
+        "judged": [(candidate, limit) for candidate in ranking for limit in candidate.limits],
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
         "when": _when,
@@ -96,6 +98,8 @@ def _rank(candidate: CandidateResult) -> tuple[int, float, str]:
 
 
 def _roles(plan: Plan) -> dict[str, str]:
+    if plan.winner is None:
+        return {plan.incumbent.id: "runs today"}
     if plan.winner.id == plan.incumbent.id:
         return {plan.winner.id: "runs today, keep"}
     return {plan.incumbent.id: "runs today", plan.winner.id: "winner"}

@@ -36,6 +36,20 @@ def tune(
     incumbent: Annotated[
         Pairs, typer.Option(metavar="KNOB=V", help="What runs today, where it is not the default; repeatable.")
     ] = None,
+    max_vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Most device memory, e.g. 6GiB.")] = None,
+    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Most main memory, e.g. 800MiB.")] = None,
+    max_ttft: Annotated[
+        str | None, typer.Option(metavar="[pN:]TIME", help="Longest time to first token, e.g. p95:300ms.")
+    ] = None,
+    max_tpot: Annotated[
+        str | None, typer.Option(metavar="[pN:]TIME", help="Longest time per output token, e.g. 50ms.")
+    ] = None,
+    min_decode_tps: Annotated[
+        str | None, typer.Option(metavar="[pN:]RATE", help="Least decode rate in tokens per second, e.g. 20.")
+    ] = None,
+    min_context: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
     search: Annotated[
         str, typer.Option(metavar="NAME", help="Who decides what is measured next: race, or grid for everything alike.")
@@ -63,6 +77,7 @@ def tune(
     DIR gets best_plan.json, snippet.py, report.md and the journal of all measurements.
     """
     from kvat_cli.display import open_display
+    from kvat_cli.limits import limits
     from kvat_cli.options import deadlines, duration_s, pairs, settings, whole_numbers
     from kvat_cli.streams import suppress_lost_terminal
     from kvat_cli.summary import print_summary, print_warnings
@@ -89,6 +104,14 @@ def tune(
         pinned=settings("--set", pin),
         excluded=pairs("--exclude", exclude),
         incumbent=settings("--incumbent", incumbent),
+        limits=limits(
+            max_vram=max_vram,
+            max_ram=max_ram,
+            max_ttft=max_ttft,
+            max_tpot=max_tpot,
+            min_decode_tps=min_decode_tps,
+            min_context=min_context,
+        ),
         seed=seed,
         search=search,
         budget_s=duration_s("--budget", budget),
@@ -96,9 +119,9 @@ def tune(
         force=force,
         resume=resume,
     )
-    limits = deadlines("--deadline", deadline)
+    allowed = deadlines("--deadline", deadline)
     with stop_on_signals() as stop, open_display(silent=quiet or as_json) as on_progress:
-        result = tuner.tune(request, on_progress, stop=stop, deadlines=limits)
+        result = tuner.tune(request, on_progress, stop=stop, deadlines=allowed)
     ended = result.stopped or result.unwritten
     # Everything is written by now; a terminal that was lost meanwhile, or a full disk behind it, changes nothing of it.
     try:
@@ -114,3 +137,4 @@ def tune(
         raise ended from error
     if ended:
         raise ended
+    result.plan.require_winner()

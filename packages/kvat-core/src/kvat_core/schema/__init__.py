@@ -42,7 +42,11 @@ from kvat_core.schema.plan import (
     Confidence,
     Estimate,
     JournalRef,
+    Kept,
+    LimitName,
+    LimitResult,
     MaxContext,
+    NearMiss,
     Plan,
     PlanEngine,
     PlanModel,
@@ -56,7 +60,7 @@ from kvat_core.schema.plan import (
     read_plan,
 )
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
-from kvat_core.schema.workload import Objective, Profile, PromptSource, Scenario
+from kvat_core.schema.workload import Limit, Limits, Objective, Profile, PromptSource, Scenario
 
 __all__ = [
     "EVENT_TYPES",
@@ -85,16 +89,22 @@ __all__ = [
     "Header",
     "Health",
     "JournalRef",
+    "Kept",
     "Knob",
     "KnobValue",
     "LaunchEnd",
     "LaunchOrder",
+    "Limit",
+    "LimitName",
+    "LimitResult",
+    "Limits",
     "Loaded",
     "Machine",
     "MaxContext",
     "Measured",
     "ModelRef",
     "ModelShape",
+    "NearMiss",
     "Objective",
     "Plan",
     "PlanEngine",

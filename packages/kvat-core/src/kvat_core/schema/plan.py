@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 from typing_extensions import Self
 
-from kvat_core.errors import UsageError
+from kvat_core.errors import NothingFeasible, UsageError
 from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.fallback import Rule, Situation, needed_bytes
 from kvat_core.schema.machine import Machine
@@ -18,7 +18,12 @@ from kvat_core.schema.measurement import Failure
 from kvat_core.schema.workload import Profile
 
 State = Literal["ok", "failed", "excluded", "pruned", "not_reached", "undecided"]
-Verdict = Literal["better", "tie", "undecided"]
+Verdict = Literal["better", "tie", "undecided", "infeasible"]
+LimitName = Literal[
+    "max_device_bytes", "max_host_bytes", "max_ttft_s", "max_tpot_s", "min_decode_tps", "min_context_tokens"
+]
+"""A limit by its key in the profile."""
+Kept = Literal["pass", "fail", "undecided"]
 
 
 class Estimate(Record):
@@ -82,6 +87,27 @@ class ScenarioResult(Record):
     compile_cost: CompileCost | None = Field(default=None, description="null for what does not compile")
 
 
+class LimitResult(Record):
+    """Whether one candidate keeps one limit; of several scenarios, the one that is furthest from keeping it."""
+
+    name: LimitName
+    limit: float = Field(description="unit as in the name")
+    percentile: float | None = Field(description="share of calls that has to keep it, in %; null where it is not calls")
+    scenario: str | None = Field(description="where it was observed; null for what belongs to no scenario")
+    observed: float | None = Field(description="unit as in the name, at that percentile; null = not known")
+    verdict: Kept
+    missed_by: float | None = Field(description="|observed - limit| ÷ limit; null unless it fails")
+    reason: str = Field(description="the same in words; where it is undecided, what would decide")
+
+
+class NearMiss(Record):
+    """A candidate that only limits keep from being recommended."""
+
+    id: str
+    label: str
+    misses: tuple[LimitResult, ...] = Field(description="the limits that it fails, at least one")
+
+
 class CandidateResult(Record):
     """Everything known of one candidate."""
 
@@ -96,6 +122,7 @@ class CandidateResult(Record):
     rejected_share: float = Field(default=0.0, description="of its timed calls, rejected for a recorded cause")
     unstable: bool = Field(default=False, description="too many were rejected for its figures to be relied on")
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
+    limits: tuple[LimitResult, ...] = Field(default=(), description="empty without limits, or without figures")
     scenarios: tuple[ScenarioResult, ...] = ()
 
     @property
@@ -205,13 +232,16 @@ class Plan(Record):
     machine: Machine
     profile: Profile
     incumbent: Choice
-    winner: Choice
+    winner: Choice | None = Field(description="null if the verdict is infeasible, and only then")
     verdict: Verdict
-    ratio: Ratios | None = Field(description="winner ÷ incumbent; null when the incumbent has no figures")
-    confidence: Confidence
+    ratio: Ratios | None = Field(description="winner ÷ incumbent; null without a winner or figures of the incumbent")
+    confidence: Confidence | None = Field(description="null without a winner")
+    closest: tuple[NearMiss, ...] = Field(
+        default=(), description="without a winner: up to 3 candidates, the one whose largest miss is smallest first"
+    )
     equivalents: tuple[str, ...] = Field(description="candidates that cannot be told from the winner, itself apart")
     max_context: MaxContext | None = Field(default=None, description="null: not determined in this run")
-    metrics: WinnerMetrics
+    metrics: WinnerMetrics | None = Field(description="null without a winner")
     pareto: tuple[str, ...] = Field(
         default=(),
         description="candidates that no other one is shown to beat in first token, decoding, peak memory and longest "
@@ -228,6 +258,29 @@ class Plan(Record):
         if unknown := {rule.use for rule in self.rules} - known:
             raise ValueError(f"a rule uses {min(unknown)!r}, which is no candidate of the plan")
         return self
+
+    @model_validator(mode="after")
+    def _winner_or_closest(self) -> Self:
+        infeasible = self.verdict == "infeasible"
+        of_a_winner = (self.winner, self.confidence, self.metrics)
+        if any((part is None) != infeasible for part in of_a_winner) or bool(self.closest) != infeasible:
+            raise ValueError("without a winner the verdict is infeasible and closest says why; with one it is not")
+        return self
+
+    def require_winner(self) -> Choice:
+        """The winner.
+
+        Raises:
+            NothingFeasible: there is none, because no candidate keeps the limits.
+        """
+        if self.winner is not None:
+            return self.winner
+        first = self.closest[0]
+        misses = " and ".join(miss.reason for miss in first.misses)
+        raise NothingFeasible(
+            f"no candidate keeps the limits; the closest, {first.label}, {misses}; tune again with wider limits or a "
+            "wider --space"
+        )
 
     def candidate(self, candidate_id: str) -> CandidateResult:
         """The entry with that id.
@@ -248,19 +301,20 @@ class Plan(Record):
         winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.
         """
         usable = [one for one in self._by_preference(situation) if one.runs_without(situation.missing_features)]
-        of_winner = self.candidate(self.winner.id).lacking_bytes(situation) or 0
+        winner = self.candidate(self.require_winner().id)
+        of_winner = winner.lacking_bytes(situation) or 0
 
         def lacking_bytes(one: CandidateResult) -> int:
             own = one.lacking_bytes(situation)
             return of_winner if own is None else own
 
-        return min(usable, key=lacking_bytes, default=self.candidate(self.winner.id))
+        return min(usable, key=lacking_bytes, default=winner)
 
     def _by_preference(self, situation: Situation) -> list[CandidateResult]:
         """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score."""
         eligible = {candidate.id: candidate for candidate in eligible_by_score(self.candidates)}
         wanted = [rule.use for rule in self.rules if rule.when.holds(situation)]
-        ranked = dict.fromkeys([*wanted, self.winner.id, *eligible])
+        ranked = dict.fromkeys([*wanted, self.require_winner().id, *eligible])
         return [eligible[name] for name in ranked if name in eligible]
 
 

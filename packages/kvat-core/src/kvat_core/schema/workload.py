@@ -50,6 +50,37 @@ class Objective(Record):
         return {"ttft": self.ttft, "decode": self.decode, "memory": self.memory, "stability": self.stability}
 
 
+class Limit(Record):
+    """A value that a share of the timed calls has to keep. A batch is one call, as its requests share their steps."""
+
+    value: float = Field(gt=0, allow_inf_nan=False, description="in the unit of the key that holds the limit")
+    percentile: float = Field(
+        default=50.0,
+        gt=0,
+        lt=100,
+        allow_inf_nan=False,
+        description="share of the calls, in %, that has to be at the value or better; 50 is the median",
+    )
+
+
+class Limits(Record):
+    """What a candidate has to keep in every scenario to be recommended; null = no limit."""
+
+    max_device_bytes: int | None = Field(default=None, gt=0, description="peak of the device's own memory")
+    max_host_bytes: int | None = Field(default=None, gt=0, description="peak resident size")
+    max_ttft_s: Limit | None = Field(default=None, description="time to first token; of a batch, the slowest request")
+    max_tpot_s: Limit | None = Field(default=None, description="time per output token; of a batch, the mean")
+    min_decode_tps: Limit | None = Field(
+        default=None,
+        description="decode rate, of a batch all requests together; that share of calls is at least as fast",
+    )
+    min_context_tokens: int | None = Field(default=None, gt=0, description="prompt and output together")
+
+    def replaced_by(self, others: Limits) -> Limits:
+        """These limits, with those that others set in their place."""
+        return self.model_copy(update={name: limit for name, limit in others if limit is not None})
+
+
 class PromptSource(Record):
     """Where the text of the prompts comes from. The text itself is in no output of a run."""
 
@@ -71,6 +102,7 @@ class Profile(Record):
     description: str = ""
     scenarios: tuple[Scenario, ...] = Field(min_length=1)
     objective: Objective
+    limits: Limits = Limits()
     prompt: PromptSource = PromptSource(kind="preset", value="chat")
     launches: int = Field(
         default=3, ge=1, le=100, description="loads of the model per candidate: the unit of replication"
