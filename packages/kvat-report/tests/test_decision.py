@@ -79,7 +79,7 @@ def with_limits(plan: Plan, today: str, winner: str) -> list[Any]:
 
 def test_a_winner_for_the_sake_of_limits_says_which(make_plan: Callable[..., Plan]) -> None:
     for today, winner in (("fail", "pass"), ("fail", "undecided"), ("undecided", "pass")):
-        sentence = decision(make_plan(candidates=with_limits(make_plan(), today, winner)))
+        sentence = decision(make_plan(candidates=with_limits(make_plan(), today, winner), rules=[], pareto=[]))
         assert sentence == (
             f"Better: switch to static, sdpa, as what you run today (dynamic, sdpa) {today}s it; its score is "
             "1.41× [1.37, 1.45] that of today."
@@ -88,7 +88,9 @@ def test_a_winner_for_the_sake_of_limits_says_which(make_plan: Callable[..., Pla
 
 def test_limits_that_do_not_speak_against_today_change_nothing(make_plan: Callable[..., Plan]) -> None:
     for both in ("pass", "undecided"):
-        assert decision(make_plan(candidates=with_limits(make_plan(), both, both))) == decision(make_plan())
+        assert decision(make_plan(candidates=with_limits(make_plan(), both, both), rules=[], pareto=[])) == decision(
+            make_plan()
+        )
 
 
 def test_infeasible_names_the_closest_and_what_it_misses(make_plan: Callable[..., Plan]) -> None:

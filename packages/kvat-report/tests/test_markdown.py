@@ -168,7 +168,7 @@ def test_golden_report_without_a_winner(make_plan: Callable[..., Plan]) -> None:
     }  # fmt: skip
     measured = make_plan().candidate("aaaaaaaaaa").model_copy(update={"aliases": ()}).model_dump()
     plan = make_plan(
-        verdict="infeasible", winner=None, ratio=None, confidence=None, metrics=None, equivalents=[], notes=[],
+        verdict="infeasible", winner=None, ratio=None, confidence=None, metrics=None, equivalents=[], notes=[], rules=[], pareto=[],
         closest=[{"id": "aaaaaaaaaa", "label": measured["label"], "misses": [miss]}],
         candidates=[{**measured, "limits": [miss], "reason": miss["reason"], "score": None}],
     )  # fmt: skip

@@ -10,21 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from kvat_core.engine import CONTRACT, Engine
 from kvat_core.errors import UsageError
 from kvat_core.report import Report
 
-if TYPE_CHECKING:
-    from kvat_core.search import Search
-
 ENGINES = "kvat.engines"
 """Entry-point group of engine adapters."""
 REPORTS = "kvat.reports"
 """Entry-point group of report renderers."""
-SEARCHES = "kvat.searches"
-"""Entry-point group of search strategies."""
 
 _Loaded = TypeVar("_Loaded")
 
@@ -58,7 +53,7 @@ class _Registration:
         return f"{self.distribution} {self.version}"
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A registration that was tried and cannot be used."""
 
     def __init__(self, state: EngineState, cause: str) -> None:
@@ -90,7 +85,7 @@ def load_engine(name: str) -> Engine:
         )
     try:
         return _load_only(registrations[name], _checked_engine)
-    except _Unusable as error:
+    except Unusable as error:
         raise UsageError(_complaint("engine", name, registrations[name], error)) from error
 
 
@@ -108,19 +103,25 @@ def pick_engine(name: str | None, model: str | None) -> Engine:
     return load_engine(_owner(model) or _sole_installed())
 
 
-def load_search(name: str) -> type[Search]:
-    """The search strategy of that name.
+def load_named(group: str, kind: str, name: str, checked: Callable[[str, Any], _Loaded]) -> _Loaded:
+    """What is registered under a name in a group.
+
+    Args:
+        group: entry-point group.
+        kind: what its members are, for messages.
+        name: the one wanted.
+        checked: makes what was loaded usable, or raises `Unusable`.
 
     Raises:
         UsageError: not installed, broken, or registered twice.
     """
-    registrations = _registrations(SEARCHES)
+    registrations = _registrations(group)
     if name not in registrations:
-        raise UsageError(f"no search is called {name!r}; choose one of {', '.join(registrations)}")
+        raise UsageError(f"no {kind} is called {name!r}; choose one of {', '.join(registrations)}")
     try:
-        return _load_only(registrations[name], _checked_search)
-    except _Unusable as error:
-        raise UsageError(_complaint("search", name, registrations[name], error)) from error
+        return _load_only(registrations[name], checked)
+    except Unusable as error:
+        raise UsageError(_complaint(kind, name, registrations[name], error)) from error
 
 
 def reports() -> tuple[list[Report], list[str]]:
@@ -130,7 +131,7 @@ def reports() -> tuple[list[Report], list[str]]:
     for name, rivals in _registrations(REPORTS).items():
         try:
             usable.append(_load_only(rivals, _checked_report))
-        except _Unusable as error:
+        except Unusable as error:
             complaints.append(_complaint("report", name, rivals, error))
     return usable, complaints
 
@@ -151,55 +152,51 @@ def _registrations(group: str) -> dict[str, tuple[_Registration, ...]]:
 def _load_only(rivals: tuple[_Registration, ...], checked: Callable[[str, Any], _Loaded]) -> _Loaded:
     """Load the one registration of a name; with rivals, none of them, so that none is preferred unseen."""
     if len(rivals) > 1:
-        raise _Unusable("duplicate", f"registered by {' and by '.join(map(str, rivals))}")
+        raise Unusable("duplicate", f"registered by {' and by '.join(map(str, rivals))}")
     (registration,) = rivals
     try:
         return checked(registration.entry_point.name, registration.entry_point.load())
-    except _Unusable:
+    except Unusable:
         raise
     # SystemExit too: a package that exits at import must not end the command that merely lists it.
     except (Exception, SystemExit) as error:
-        raise _Unusable("broken", _one_line(error)) from error
+        raise Unusable("broken", _one_line(error)) from error
 
 
 def _checked_engine(name: str, found: Any) -> Engine:
     if not (isinstance(found, type) and issubclass(found, Engine)):
-        raise _Unusable("broken", "its entry point names no subclass of kvat_core.engine.Engine")
+        raise Unusable("broken", "its entry point names no subclass of kvat_core.engine.Engine")
     if found.contract > CONTRACT:
-        raise _Unusable(
+        raise Unusable(
             "too_new", f"written for contract {found.contract}, this kvat-core supports {CONTRACT}; upgrade kvat-core"
         )
-    _check_name(name, found)
+    check_name(name, found)
     return found()
-
-
-def _checked_search(name: str, found: Any) -> type[Search]:
-    from kvat_core.search import Search  # brings scipy, which commands that list engines do without
-
-    if not (isinstance(found, type) and issubclass(found, Search)):
-        raise _Unusable("broken", "its entry point names no subclass of kvat_core.search.Search")
-    _check_name(name, found)
-    return found
 
 
 def _checked_report(name: str, found: Any) -> Report:
     report = found()
     if not (callable(getattr(report, "render", None)) and isinstance(getattr(report, "file_name", None), str)):
-        raise _Unusable("broken", "its entry point names no class with file_name and render, as in kvat_core.report")
-    _check_name(name, report)
+        raise Unusable("broken", "its entry point names no class with file_name and render, as in kvat_core.report")
+    check_name(name, report)
     return cast("Report", report)
 
 
-def _check_name(name: str, found: Any) -> None:
+def check_name(name: str, found: Any) -> None:
+    """A class is registered under its own name.
+
+    Raises:
+        Unusable: it has another one.
+    """
     actual = getattr(found, "name", None)
     if actual != name:
-        raise _Unusable("broken", f"registered as {name!r}, but the class is named {actual!r}")
+        raise Unusable("broken", f"registered as {name!r}, but the class is named {actual!r}")
 
 
 def _status(name: str, registration: _Registration, rivals: tuple[_Registration, ...]) -> EngineStatus:
     try:
         _load_only(rivals, _checked_engine)
-    except _Unusable as error:
+    except Unusable as error:
         return EngineStatus(name, registration.distribution, registration.version, error.state, error.cause)
     return EngineStatus(name, registration.distribution, registration.version, "ok", None)
 
@@ -232,7 +229,7 @@ def _sole_installed() -> str:
     return names[0]
 
 
-def _complaint(kind: str, name: str, rivals: tuple[_Registration, ...], error: _Unusable) -> str:
+def _complaint(kind: str, name: str, rivals: tuple[_Registration, ...], error: Unusable) -> str:
     if error.state == "duplicate":
         return f"{kind} {name!r} is {error.cause}; uninstall one of them"
     if error.state == "too_new":

@@ -113,6 +113,8 @@ def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
 
 def _closest(run: Run) -> tuple[NearMiss, ...]:
     """Who comes closest to the limits; nobody where what runs today might still keep them."""
+    if not run.candidates:
+        return ()
     fit = [name for name in run.live if run.alias_of(name) is None and scoring.unfit_reason(run, name) is None]
     return () if run.incumbent in run.live and run.incumbent not in fit else limits.closest(run, fit)
 

@@ -36,6 +36,7 @@ from kvat_core.schema import (
     Target,
     digest,
 )
+from kvat_core.search import find_search
 
 DEFAULT_PROFILE = "ci-micro"
 DEFAULT_PROFILE_NOTE = (
@@ -120,7 +121,7 @@ def prepare(
         CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
-    discovery.load_search(request.search)
+    find_search(request.search)
     engine = discovery.pick_engine(request.engine, request.model)
     model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)

@@ -33,7 +33,7 @@ from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
 from kvat_core.report import Report
 from kvat_core.run import Run
 from kvat_core.schema import End, Event, Header, JournalRef, Plan, Resumed, Stopped
-from kvat_core.search import Allowance, Rationed
+from kvat_core.search import Allowance, Rationed, find_search
 from kvat_core.snippets import snippet
 
 __all__ = ["Progress", "TuneRequest", "TuneResult", "tune"]
@@ -162,7 +162,7 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
     """Carry out what the search asks for; why it was stopped, or None when it has all it wants."""
     run = bench.run
     load_keys = {cell: recipe.load_key for cell, recipe in bench.recipes.items()}
-    strategy = discovery.load_search(run.header.search)(load_keys, run.header.seed, allowance)
+    strategy = find_search(run.header.search)(load_keys, run.header.seed, allowance)
     search = Rationed(strategy, load_keys, allowance)
     stopped: KvatError
     breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines)

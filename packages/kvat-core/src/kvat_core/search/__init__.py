@@ -1,8 +1,9 @@
 """What to measure next, decided from the journal alone: a search never measures."""
 
 from kvat_core.search._base import Allowance, Search
+from kvat_core.search._find import find_search
 from kvat_core.search._grid import Grid
 from kvat_core.search._race import Race
 from kvat_core.search._rationed import Rationed
 
-__all__ = ["Allowance", "Grid", "Race", "Rationed", "Search"]
+__all__ = ["Allowance", "Grid", "Race", "Rationed", "Search", "find_search"]
