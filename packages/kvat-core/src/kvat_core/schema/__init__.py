@@ -53,6 +53,7 @@ from kvat_core.schema.plan import (
     WinnerMetrics,
     read_plan,
 )
+from kvat_core.schema.roofline import Ceiling, Ceilings, Footprint
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
 from kvat_core.schema.workload import Objective, Profile, PromptSource, Scenario
 
@@ -64,6 +65,8 @@ __all__ = [
     "Candidate",
     "CandidateEntry",
     "CandidateResult",
+    "Ceiling",
+    "Ceilings",
     "Cell",
     "Choice",
     "CompileCost",
@@ -77,6 +80,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "FirstCall",
+    "Footprint",
     "Gpu",
     "GpuConditions",
     "Header",
