@@ -125,7 +125,7 @@ class _Layer:
         return tokens * tokens if self._is_masked(tokens) else 0
 
     def _behind_windows_bytes(self, settings: Mapping[str, str], tokens: int) -> int:
-        """What a growing cache keeps of a prompt beyond its windows: it slices, and the first step frees what is cut."""
+        """What a growing cache keeps of a prompt beyond its windows: it slices, and the first step frees the rest."""
         if settings["cache"] == "static" or self._window is None:
             return 0
         cut = max(0, tokens - self._window)
