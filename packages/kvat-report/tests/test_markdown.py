@@ -142,3 +142,16 @@ def test_of_a_failed_worker_the_last_line_is_shown_and_harmless(make_plan: Calla
     report = MarkdownReport().render(Plan.model_validate(data))
     assert "<script>" not in report
     assert "\n# head" not in report
+
+
+def test_the_winner_s_use_of_the_memory_is_told_where_it_is_known(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    winner = plan.candidate(plan.winner.id)
+    scenarios = [result.model_copy(update={"bandwidth_use": 0.58, "flop_use": 0.4}) for result in winner.scenarios]
+    told = winner.model_copy(update={"scenarios": tuple(scenarios)})
+    candidates = tuple(told if one.id == winner.id else one for one in plan.candidates)
+
+    report = MarkdownReport().render(plan.model_copy(update={"candidates": candidates}))
+
+    assert "decode runs at 58 % of what this machine's memory allows, prefill at 40 % of its arithmetic" in report
+    assert "this machine's memory allows" not in MarkdownReport().render(plan)

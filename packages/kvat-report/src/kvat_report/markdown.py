@@ -65,6 +65,9 @@ def _context(plan: Plan) -> dict[str, Any]:
         "label": lambda candidate_id: labels.get(candidate_id, candidate_id),
         "ranking": sorted(plan.candidates, key=_rank),
         "roles": _roles(plan),
+        "winner_bandwidth": [
+            result for result in plan.candidate(plan.winner.id).scenarios if result.bandwidth_use is not None
+        ],
         "memory": _memory,
         "kv_cache": _kv_cache,
         "energy": _energy,
