@@ -28,9 +28,10 @@ SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Digests of prompts take a key of the tests' own, and no home folder is written to."""
+    """Digests of prompts take a key of the tests' own, ceilings a cache of theirs; no home folder is written to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

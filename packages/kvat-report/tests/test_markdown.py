@@ -168,8 +168,22 @@ def test_golden_report_without_a_winner(make_plan: Callable[..., Plan]) -> None:
     }  # fmt: skip
     measured = make_plan().candidate("aaaaaaaaaa").model_copy(update={"aliases": ()}).model_dump()
     plan = make_plan(
-        verdict="infeasible", winner=None, ratio=None, confidence=None, metrics=None, equivalents=[], notes=[], rules=[], pareto=[],
+        verdict="infeasible", winner=None, ratio=None, confidence=None, metrics=None, equivalents=[], notes=[],
+        rules=[], pareto=[],
         closest=[{"id": "aaaaaaaaaa", "label": measured["label"], "misses": [miss]}],
         candidates=[{**measured, "limits": [miss], "reason": miss["reason"], "score": None}],
     )  # fmt: skip
     assert_golden("infeasible.md", MarkdownReport().render(plan))
+
+
+def test_the_winner_s_use_of_the_memory_is_told_where_it_is_known(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    winner = plan.candidate(plan.winner.id)
+    scenarios = [result.model_copy(update={"bandwidth_use": 0.58, "flop_use": 0.4}) for result in winner.scenarios]
+    told = winner.model_copy(update={"scenarios": tuple(scenarios)})
+    candidates = tuple(told if one.id == winner.id else one for one in plan.candidates)
+
+    report = MarkdownReport().render(plan.model_copy(update={"candidates": candidates}))
+
+    assert "decode runs at 58 % of what this machine's memory allows, prefill at 40 % of its arithmetic" in report
+    assert "this machine's memory allows" not in MarkdownReport().render(plan)

@@ -9,9 +9,9 @@ An adapter package registers a subclass of `Engine` under the entry-point group
 **`Engine`** is the light half. Importing its module must import nothing heavy, because
 `kvat engines` and the supervising process do it; they never run a model. Its methods
 `probe` and `describe` are called in one short-lived child process per run and may
-import anything. `probe` is called again in a new child after failures, to
-see whether the device still works. **`EngineAdapter`** is the heavy half; it lives in a
-worker process.
+import anything; so is `ceilings`, in a child of its own, where no run before has asked
+for the same. `probe` is called again in a new child after failures, to see whether the
+device still works. **`EngineAdapter`** is the heavy half; it lives in a worker process.
 
 Life of a worker: one `load_model`; then, for each candidate and scenario,
 `prepare_cache(recipe)`, one `run_decode` if the recipe compiles, and `applied(prompt)`;
@@ -41,7 +41,9 @@ from pydantic import Field, JsonValue
 
 from kvat_core.schema import (
     Applied,
+    Ceilings,
     FailureKind,
+    Footprint,
     Knob,
     ModelRef,
     ModelShape,
@@ -160,6 +162,27 @@ class Engine(ABC):
             scratch: directory that the workers of equal loads share, empty at the start of a run and gone after its
                 end, for caches that must neither come from elsewhere nor outlive the run, such as a compiler's.
         """
+
+    def footprint(
+        self, settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str
+    ) -> Footprint | None:
+        """What these settings make of the model, in bytes; None = no prediction, as for settings that nobody verified.
+
+        Called in the parent, from the shape alone.
+        """
+        return None
+
+    def ceilings(self, device: str, threads: int | None, dtypes: Sequence[str]) -> Ceilings | None:
+        """Measure what the device can do at most (in a child process); None = this engine cannot.
+
+        It may take ten seconds on a small machine; the result is kept for later runs.
+
+        Args:
+            device: as `probe` has named it.
+            threads: CPU threads that the run uses, None for the engine's own number.
+            dtypes: those whose arithmetic rate is wanted.
+        """
+        return None
 
     def instrument(self) -> Sequence[str]:
         """What a timed call adds to the recipe, one line each; listed in the journal."""

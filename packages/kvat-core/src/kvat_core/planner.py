@@ -10,7 +10,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from kvat_core import limits, metrics, scoring, stats
+from kvat_core import limits, metrics, scoring, stats, utilisation
 from kvat_core.decision import Decision, decide
 from kvat_core.errors import AllFailed, NothingFeasible
 from kvat_core.pareto import Objectives, pareto_front
@@ -100,7 +100,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
         pareto=() if decision is None else _front(run, decision.winner, results),
         rules=() if decision is None else derive_rules(run, decision, results),
-        notes=_notes(header, run, chosen.winner),
+        notes=_notes(header, run, chosen.winner, results),
         candidates=results,
         journal=journal,
     )
@@ -137,7 +137,7 @@ def _choice(run: Run, candidate_id: str) -> Choice:
     return Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
 
 
-def _notes(header: Header, run: Run, winner: str | None) -> tuple[str, ...]:
+def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[CandidateResult]) -> tuple[str, ...]:
     notes = list(header.notes)
     if run.end is None:
         notes.append(PARTIAL_NOTE.format(_how_it_ended(run)))
@@ -149,6 +149,7 @@ def _notes(header: Header, run: Run, winner: str | None) -> tuple[str, ...]:
     if winner is not None:
         notes += _compile_notes(run, winner)
         notes += _limit_notes(run, winner)
+    notes += utilisation.notes(candidates)
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
@@ -290,7 +291,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),
         limits=judged,
-        scenarios=tuple(_scenario_results(run, candidate.id)),
+        scenarios=tuple(_scenario_results(run, entry)),
     )
 
 
@@ -327,23 +328,25 @@ def _state(run: Run, entry: CandidateEntry) -> State:
     return "ok" if scoring.complete_rounds(run, entry.candidate.id) else "not_reached"
 
 
-def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
+def _scenario_results(run: Run, entry: CandidateEntry) -> list[ScenarioResult]:
     memory = run.own_memory
     results = []
     for key, scenario in run.scenarios.items():
-        cell = Cell(candidate=candidate_id, scenario=key)
+        cell = Cell(candidate=entry.candidate.id, scenario=key)
         rounds = run.blocks_of(cell)
         if not rounds:
             continue
+        ttft_s, decode_tps = _estimate(rounds, metrics.ttft_s), _estimate(rounds, metrics.decode_tps)
+        use = utilisation.use(run, entry, scenario, ttft_s=ttft_s.median, decode_tps=decode_tps.median)
         peak = memory.get(run.original(cell))
         results.append(
             ScenarioResult(
                 prompt_tokens=scenario.prompt_tokens,
                 output_tokens=scenario.output_tokens,
                 batch_size=scenario.batch_size,
-                ttft_s=_estimate(rounds, metrics.ttft_s),
+                ttft_s=ttft_s,
                 tpot_s=_estimate(rounds, metrics.tpot_s),
-                decode_tps=_estimate(rounds, metrics.decode_tps),
+                decode_tps=decode_tps,
                 e2e_s=_estimate(rounds, metrics.e2e_s),
                 peak_device_bytes=peak.peak_device_bytes if peak else None,
                 peak_host_bytes=peak.peak_host_bytes if peak else None,
@@ -352,6 +355,8 @@ def _scenario_results(run: Run, candidate_id: str) -> list[ScenarioResult]:
                 kv_cache_predicted_bytes=peak.kv_cache_predicted_bytes if peak else None,
                 energy_per_token_j=_energy_per_token_j(rounds),
                 compile_cost=_compile_cost(run, cell),
+                bandwidth_use=use.bandwidth,
+                flop_use=use.flop,
             )
         )
     return results

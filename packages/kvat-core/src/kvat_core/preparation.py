@@ -5,13 +5,28 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from kvat_core import discovery, limits, lock, machine, outputs, private, profiles, prompts, resume, space
+from pydantic import JsonValue
+
+from kvat_core import (
+    ceilings,
+    discovery,
+    limits,
+    lock,
+    machine,
+    outputs,
+    private,
+    profiles,
+    prompts,
+    resume,
+    roofline,
+    space,
+)
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
 from kvat_core.measure.deadlines import Deadlines
@@ -24,7 +39,9 @@ from kvat_core.planner import public_model_id
 from kvat_core.probes.cpu import usable_cores
 from kvat_core.schema import (
     CandidateEntry,
+    Ceilings,
     Cell,
+    Footprint,
     Header,
     Limits,
     ModelRef,
@@ -32,6 +49,7 @@ from kvat_core.schema import (
     Profile,
     PromptSource,
     Recipe,
+    Scenario,
     Space,
     Target,
     digest,
@@ -152,6 +170,9 @@ def prepare(
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
+    entries = [_with_footprints(entry, engine, header) for entry in entries]
+    header = _with_ceilings(header, entries, open_worker, deadlines, announce)
+    entries = [_with_prediction(entry, header) for entry in entries]
     if source.kind != "preset":
         known_by = private.keyed_digest(source.value or "")
         unknown = () if known_by else (NO_KEY_NOTE,)
@@ -260,6 +281,87 @@ def _header(
         instrument=tuple(engine.instrument()),
         notes=notes,
     )
+
+
+def _with_footprints(entry: CandidateEntry, engine: Engine, header: Header) -> CandidateEntry:
+    """What it makes of the model in each scenario; a challenger that no memory of this machine can hold is excluded."""
+    if entry.exclusion is not None:
+        return entry
+    settings, device = entry.candidate.settings, header.target.device
+    answers = {s.key: engine.footprint(settings, s, header.shape, device) for s in header.profile.scenarios}
+    footprints = {key: footprint for key, footprint in answers.items() if footprint is not None}
+    exclusion = None if entry.incumbent else _too_large(footprints, header)
+    return entry.model_copy(update={"footprints": footprints, "exclusion": exclusion})
+
+
+def _too_large(footprints: Mapping[str, Footprint], header: Header) -> str | None:
+    memory_bytes = header.machine.device_memory_bytes or header.machine.memory_bytes
+    reasons = (
+        roofline.cannot_fit(header.shape, footprints[scenario.key], scenario, memory_bytes)
+        for scenario in header.profile.scenarios
+        if scenario.key in footprints
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _with_ceilings(
+    header: Header,
+    entries: Sequence[CandidateEntry],
+    open_worker: OpenWorker,
+    limits: Deadlines,
+    announce: Callable[[str], None],
+) -> Header:
+    """What the machine can do at most, where the footprints of candidates can be held against it."""
+    dtypes = sorted({footprint.dtype for entry in entries for footprint in entry.footprints.values()})
+    if not dtypes:
+        return header
+
+    def measure() -> Ceilings | None:
+        announce("measuring what this machine can do at most, once")
+        return _ask_ceilings(header, dtypes, open_worker, limits)
+
+    try:
+        found = ceilings.kept(header.machine, header.engine, header.versions, dtypes, measure)
+    except WorkerFailed as failed:
+        note = f"what this machine can do at most is not known ({failed.failure.kind}, {failed.failure.reason})"
+        return header.model_copy(update={"notes": (*header.notes, note)})
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
+    return header.model_copy(update={"ceilings": found})
+
+
+def _ask_ceilings(header: Header, dtypes: Sequence[str], open_worker: OpenWorker, limits: Deadlines) -> Ceilings | None:
+    """In a child of its own, in which nothing has run that would make a first call another one."""
+    environment = {} if header.target.threads is None else {"OMP_NUM_THREADS": str(header.target.threads)}
+    arguments: dict[str, JsonValue] = {
+        "device": header.target.device,
+        "threads": header.target.threads,
+        "dtypes": list(dtypes),
+    }
+    with open_worker(environment) as worker:
+        worker.call("start", {"engine": header.engine, "scratch": None}, "start", CallLimits(limits.start_s))
+        measured = worker.call("ceilings", arguments, "ceilings", CallLimits(limits.load_s))
+    return None if measured is None else Ceilings.model_validate(measured)
+
+
+def _with_prediction(entry: CandidateEntry, header: Header) -> CandidateEntry:
+    """Its peak in the largest scenario, where the engine tells the footprint of each."""
+    first_call_bytes = header.ceilings.first_call_bytes if header.ceilings is not None else None
+    predicted = [
+        _loaded_peak_bytes(entry.footprints.get(scenario.key), header, scenario, first_call_bytes or 0)
+        for scenario in header.profile.scenarios
+    ]
+    known = [peak for peak in predicted if peak is not None]
+    return entry.model_copy(update={"predicted_peak_bytes": max(known) if len(known) == len(predicted) else None})
+
+
+def _loaded_peak_bytes(
+    footprint: Footprint | None, header: Header, scenario: Scenario, first_call_bytes: int
+) -> int | None:
+    if footprint is None or header.shape.parameters is None:
+        return None
+    rise = roofline.peak_bytes(header.shape, footprint, scenario, first_call_bytes)
+    return None if rise is None else header.shape.parameters * footprint.element_bytes + rise
 
 
 def _candidates(

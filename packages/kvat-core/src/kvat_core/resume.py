@@ -8,7 +8,7 @@ from typing import Any
 from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Header, digest
 
-_VOLATILE = {"created", "probe_s", "notes", "request"}
+_VOLATILE = {"created", "probe_s", "notes", "request", "ceilings"}
 """Fields of a header that may differ between two starts of the same run."""
 _SHOWN = 4
 """Differences that are named; more are counted."""

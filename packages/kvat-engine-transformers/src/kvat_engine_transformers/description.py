@@ -17,6 +17,7 @@ from kvat_core.schema import ModelRef, ModelShape
 from kvat_engine_transformers.devices import free_bytes
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.models import SHAPES, Source, load_tokenizer, resolve
+from kvat_engine_transformers.widths import mlp_size, parameter_counts
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -44,10 +45,15 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
         attention=_attention_kinds(text),
         kv_heads=_kv_heads(text),
         head_dim=_head_dim(text),
+        attention_heads=_attention_heads(text),
+        hidden_size=getattr(text, "hidden_size", None),
+        mlp_size=mlp_size(skeleton),
+        vocab_size=getattr(text, "vocab_size", None),
         sliding_window=_window(text),
         max_context_tokens=_longest_position(text),
         dtype=dtype,
         weight_bytes=weight_bytes,
+        **parameter_counts(skeleton),
         weights="random" if source.kind == "random" else "checkpoint",
         revision=source.revision,
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != SHAPES),
@@ -172,6 +178,10 @@ def _kv_heads(text: PreTrainedConfig) -> int | None:
     ):
         return None
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def _attention_heads(text: PreTrainedConfig) -> int | None:
+    return None if _differs_by_layer(text, "num_attention_heads") else int(text.num_attention_heads)
 
 
 def _head_dim(text: PreTrainedConfig) -> int | None:

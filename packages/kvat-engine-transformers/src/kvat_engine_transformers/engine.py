@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvat_core.engine import Engine, Probe, SpaceRequest
-from kvat_core.schema import Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
-from kvat_engine_transformers import knobs, recipes, snippet
+from kvat_core.schema import Ceilings, Footprint, Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
+from kvat_engine_transformers import footprint, knobs, recipes, snippet
 
 if TYPE_CHECKING:
     from kvat_core.engine import EngineAdapter
@@ -39,6 +39,16 @@ class TransformersEngine(Engine):
 
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         return recipes.recipe(settings, scenario, target)
+
+    def footprint(
+        self, settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str
+    ) -> Footprint | None:
+        return footprint.footprint(settings, scenario, shape, device)
+
+    def ceilings(self, device: str, threads: int | None, dtypes: Sequence[str]) -> Ceilings | None:
+        from kvat_engine_transformers.ceilings import measure_ceilings
+
+        return measure_ceilings(device, threads, dtypes)
 
     def snippet(self, plan: Plan) -> Mapping[str, str]:
         return {"snippet.py": snippet.render(plan)}

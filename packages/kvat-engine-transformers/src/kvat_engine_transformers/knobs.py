@@ -9,7 +9,7 @@ from kvat_core.errors import UsageError
 from kvat_core.schema import Knob, KnobValue, ModelShape, Space
 
 DTYPES = ("float32", "bfloat16", "float16")
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 KERNELS = {
     "sdpa_math": "MATH",
@@ -83,7 +83,7 @@ def _weight_bytes(dtype: str, shape: ModelShape) -> int | None:
     """Bytes of the weights in another dtype than the stored one."""
     if shape.weight_bytes is None or shape.dtype is None:
         return None
-    return shape.weight_bytes * _BYTES[dtype] // _BYTES[shape.dtype]
+    return shape.weight_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[shape.dtype]
 
 
 def _kind(probe: Probe) -> str:

@@ -68,6 +68,12 @@ def _trusted(render: Callable[[Any], str]) -> Callable[[Any], Markdown]:
     return lambda value: Markdown(render(value))
 
 
+def _winner_bandwidth(plan: Plan) -> list[ScenarioResult]:
+    """Scenarios of the winner in which it is known how much of the memory's bandwidth it uses."""
+    scenarios = () if plan.winner is None else plan.candidate(plan.winner.id).scenarios
+    return [result for result in scenarios if result.bandwidth_use is not None]
+
+
 def _context(plan: Plan) -> dict[str, Any]:
     labels = {candidate.id: candidate.label for candidate in plan.candidates}
     ranking = sorted(plan.candidates, key=_rank)
@@ -77,6 +83,7 @@ def _context(plan: Plan) -> dict[str, Any]:
         "label": lambda candidate_id: labels.get(candidate_id, candidate_id),
         "ranking": ranking,
         "roles": _roles(plan),
+        "winner_bandwidth": _winner_bandwidth(plan),
         "memory": _memory,
         "kv_cache": _kv_cache,
         "energy": _energy,

@@ -20,7 +20,9 @@ MAX_BYTES = 8 * 2**20
 _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
 
-Operation = Literal["start", "probe", "describe", "load", "prepare", "prove", "decode", "resources", "cleanup"]
+Operation = Literal[
+    "start", "probe", "describe", "ceilings", "load", "prepare", "prove", "decode", "resources", "cleanup"
+]
 
 
 class Request(Record):

@@ -62,6 +62,8 @@ class Worker:
                 return self.engine.probe(arguments["device"])
             case "describe":
                 return self.engine.describe(ModelRef.model_validate(arguments["model"]), arguments["device"])
+            case "ceilings":
+                return self.engine.ceilings(**arguments)
             case "load":
                 self.adapter.load_model(**arguments)
             case "prepare":
@@ -103,7 +105,7 @@ class Worker:
 def _reason(operation: messages.Operation, error: Exception) -> str:
     """What is told of a foreign exception: its text only while there is no prompt that it could hold."""
     name = f"{type(error).__module__}.{type(error).__qualname__}"
-    if operation in ("probe", "describe"):
+    if operation in ("probe", "describe", "ceilings"):
         return " ".join(f"{name}: {error}".split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{name} at {PurePath(frame.filename).name}:{frame.lineno}"

@@ -59,6 +59,7 @@ from kvat_core.schema.plan import (
     eligible_by_score,
     read_plan,
 )
+from kvat_core.schema.roofline import Ceiling, Ceilings, Footprint
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
 from kvat_core.schema.workload import Limit, Limits, Objective, Profile, PromptSource, Scenario
 
@@ -70,6 +71,8 @@ __all__ = [
     "Candidate",
     "CandidateEntry",
     "CandidateResult",
+    "Ceiling",
+    "Ceilings",
     "Cell",
     "Choice",
     "CompileCost",
@@ -84,6 +87,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "FirstCall",
+    "Footprint",
     "Gpu",
     "GpuConditions",
     "Header",

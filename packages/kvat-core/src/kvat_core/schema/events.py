@@ -10,6 +10,7 @@ from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Applied, Failure, Resources, Sample
 from kvat_core.schema.model import ModelRef, ModelShape
+from kvat_core.schema.roofline import Ceilings, Footprint
 from kvat_core.schema.space import Candidate, Space
 from kvat_core.schema.workload import Profile
 
@@ -47,6 +48,9 @@ class Header(Record):
     )
     probe_s: float = Field(description="spent in the child that probed machine and model, most of it importing")
     instrument: tuple[str, ...] = Field(description="what a timed call adds to the recipe")
+    ceilings: Ceilings | None = Field(
+        default=None, description="what this machine can do at most; null where nobody has measured it"
+    )
     notes: tuple[str, ...] = ()
 
 
@@ -58,6 +62,14 @@ class CandidateEntry(Record):
     exclusion: str | None = None
     recipes: str | None = Field(
         default=None, description="digest of what is done for it in all scenarios; null if nothing can be"
+    )
+    footprints: dict[str, Footprint] = Field(
+        default_factory=dict, description="by scenario; without those of which the engine says nothing"
+    )
+    predicted_peak_bytes: int | None = Field(
+        default=None,
+        description="weights, KV cache and activations at the peak of its largest scenario, libraries apart; null = no "
+        "prediction",
     )
 
 

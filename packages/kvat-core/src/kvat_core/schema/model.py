@@ -28,10 +28,25 @@ class ModelShape(Record):
     attention: tuple[Literal["full", "sliding", "other"], ...] = Field(description="kind per layer")
     kv_heads: int | None = None
     head_dim: int | None = None
+    attention_heads: int | None = Field(default=None, description="query heads")
+    hidden_size: int | None = Field(default=None, description="numbers per token between two layers")
+    mlp_size: int | None = Field(
+        default=None, description="inner width of each layer's gated MLP; null where layers have another one, or differ"
+    )
+    vocab_size: int | None = None
     sliding_window: int | None = Field(default=None, description="tokens; null without windowed layers")
     max_context_tokens: int | None = Field(default=None, description="longest position, prompt and output together")
     dtype: str | None = Field(default=None, description="dtype the weights are stored in")
     weight_bytes: int | None = None
+    parameters: int | None = Field(default=None, description="all of them")
+    step_parameters: int | None = Field(
+        default=None,
+        description="read by each decode step whatever is decoded: not embedding tables, from which it takes single "
+        "rows, and not experts, of which it takes some",
+    )
+    experts: int | None = Field(default=None, description="per layer that has any; null without experts")
+    experts_per_token: int | None = Field(default=None, description="that a layer chooses for a token")
+    expert_parameters: int | None = Field(default=None, description="of one expert in each of the layers that have any")
     weights: Literal["checkpoint", "random"] = "checkpoint"
     revision: str | None = Field(default=None, description="revision that was resolved, where the source has any")
     sha256: str | None = Field(default=None, description="digest of the weight files, where they are local")

@@ -85,6 +85,14 @@ class ScenarioResult(Record):
         default=None, description="of the whole card, per output token, prefill included; null where nobody tells"
     )
     compile_cost: CompileCost | None = Field(default=None, description="null for what does not compile")
+    bandwidth_use: float | None = Field(
+        default=None,
+        description="bytes that decoding must read per second ÷ the best that this machine reads; null = not known, or "
+        "so few bytes that caches serve them",
+    )
+    flop_use: float | None = Field(
+        default=None, description="operations of prefill ÷ (ttft_s · the best rate of a large matrix product)"
+    )
 
 
 class LimitResult(Record):

@@ -1,0 +1,60 @@
+"""What this machine can do at most: measured once, and kept in the user's cache for later runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from kvat_core import outputs
+from kvat_core.errors import CannotWrite
+from kvat_core.schema import Ceilings, Machine, digest
+
+Measure = Callable[[], "Ceilings | None"]
+
+
+def kept(
+    machine: Machine, engine: str, versions: Mapping[str, str], dtypes: Sequence[str], measure: Measure
+) -> Ceilings | None:
+    """The ceilings of an earlier run in the same circumstances, or those that are measured now, and then kept.
+
+    Args:
+        machine: its fingerprint holds device and threads.
+        engine: name of the one that measures.
+        versions: of what it measures with.
+        dtypes: whose arithmetic rate is wanted.
+        measure: called where nothing sound is kept; None is not kept.
+    """
+    circumstances = [machine.fingerprint, engine, dict(versions), sorted(dtypes)]
+    path = _path(f"ceilings-{digest(circumstances, 16)}.json")
+    if path is not None and (found := _read(path)) is not None:
+        return found
+    measured = measure()
+    if path is not None and measured is not None:
+        _keep(path, measured)
+    return measured
+
+
+def _path(name: str) -> Path | None:
+    """As the XDG Base Directory Specification says, which has a relative path ignored; None for a user without home."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (named if named.is_absolute() else Path.home() / ".cache") / "kvat" / name
+    except RuntimeError:
+        return None
+
+
+def _read(path: Path) -> Ceilings | None:
+    """None where there is nothing, or nothing that can be used: then it is measured again."""
+    try:
+        return Ceilings.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _keep(path: Path, measured: Ceilings) -> None:
+    """A cache that cannot be written costs the next run some seconds, and this one nothing."""
+    with contextlib.suppress(OSError, CannotWrite):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outputs.write_files(path.parent, {path.name: measured.model_dump_json(indent=1) + "\n"})

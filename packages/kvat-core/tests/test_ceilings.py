@@ -1,0 +1,85 @@
+"""Ceilings are measured once per circumstances, and a cache that fails costs no run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvat_core import ceilings
+from kvat_core.schema import Ceiling, Ceilings, Machine
+
+RATE = Ceiling(best=2.0, median=1.0)
+FOUND = Ceilings(read_bytes_per_s=RATE, copy_bytes_per_s=RATE, gemm_flop_per_s={"float32": RATE}, launch_floor_s=RATE)
+MACHINE = Machine(fingerprint="f", device="cpu", cpu="c", cores=2, memory_bytes=1000, os="o", python="3")
+
+
+class Measuring:
+    """Counts how often it is asked."""
+
+    def __init__(self, found: Ceilings | None = FOUND) -> None:
+        self.found = found
+        self.times = 0
+
+    def __call__(self) -> Ceilings | None:
+        self.times += 1
+        return self.found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "kvat"
+
+
+def ask(measure: Measuring, machine: Machine = MACHINE, torch: str = "1", dtypes: tuple[str, ...] = ("a", "b")) -> None:
+    assert ceilings.kept(machine, "engine", {"torch": torch}, dtypes, measure) == measure.found
+
+
+def test_what_was_measured_is_kept() -> None:
+    measure = Measuring()
+
+    ask(measure)
+    ask(measure, dtypes=("b", "a"))
+
+    assert measure.times == 1
+
+
+def test_other_circumstances_are_measured_anew() -> None:
+    measure = Measuring()
+
+    ask(measure)
+    ask(measure, torch="2")
+    ask(measure, dtypes=("a",))
+    ask(measure, MACHINE.model_copy(update={"fingerprint": "other threads"}))
+
+    assert measure.times == 4
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{}", b"\xff", b'{"threads": 1'])
+def test_a_damaged_file_is_measured_again_and_mended(cache: Path, damaged: bytes) -> None:
+    measure = Measuring()
+    ask(measure)
+    (file,) = cache.iterdir()
+    file.write_bytes(damaged)
+
+    ask(measure)
+    ask(measure)
+
+    assert measure.times == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(cache: Path) -> None:
+    cache.write_text("a file where the directory should be")
+    measure = Measuring()
+
+    ask(measure)
+    ask(measure)
+
+    assert measure.times == 2
+
+
+def test_what_an_engine_cannot_measure_is_not_kept(cache: Path) -> None:
+    ask(Measuring(None))
+
+    assert not cache.exists()
