@@ -9,12 +9,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+SAMPLES = 3
+"""Timed calls per launch."""
+
+
+class Choice(NamedTuple):
+    """What a strategy has come to, and what that took."""
+
+    winner: str
+    cost_s: float
+    loads: int
+    verdict: str = ""
+    confidence: float | None = None
+    epsilon: float | None = None
+    ratio: tuple[float, float | None, float | None] | None = None
+    """Winner ÷ incumbent, with its interval."""
+    dropped: tuple[str, ...] = ()
+    """Raced, and taken out of the race before its last block."""
+    screened_at: float | None = None
+    """Place of the winner among all launches of screening: 0 = the first, 1 = the last."""
+
+
+class Call(NamedTuple):
+    """What a timed call has shown."""
+
+    ttft_s: float
+    decode_tps: float
+
 
 class Shown(NamedTuple):
-    """A candidate in a launch: speed of each timed call, relative; nothing if the candidate fails."""
+    """A candidate in a launch: its timed calls; none if the candidate fails."""
 
     candidate: str
-    speeds: tuple[float, ...]
+    calls: tuple[Call, ...]
 
 
 class Launch(NamedTuple):
@@ -36,7 +63,18 @@ class World(ABC):
 
     @abstractmethod
     def launch(self, block: int, candidates: Sequence[str], samples: int) -> Launch:
-        """Load the model once and measure candidates that share the load, in order."""
+        """Load the model once and measure candidates that share the load, in order.
+
+        Args:
+            block: launches of one block are neighbours in time.
+            candidates: in the order in which they are measured.
+            samples: timed calls of each.
+        """
+
+    @property
+    @abstractmethod
+    def cost_of_grid_s(self) -> float:
+        """What three interleaved launches of everybody take, where launches are shared and nobody fails twice."""
 
     def regret(self, winner: str) -> float:
         """Share of the best speed that a choice gives away."""
@@ -99,10 +137,19 @@ class Synthetic(World):
             speeds = []
             for _ in range(samples):
                 self._pass(SAMPLE_S)
-                speeds.append(math.exp(level + self._drift() + source.gauss(0, noise.sample)))
+                speed = math.exp(level + self._drift() + source.gauss(0, noise.sample))
+                speeds.append(Call(ttft_s=1 / speed, decode_tps=speed))
             rest_s += WARMUP_S + samples * SAMPLE_S
             shown.append(Shown(name, tuple(speeds)))
         return Launch(tuple(shown), LOAD_S, rest_s)
+
+    @property
+    def cost_of_grid_s(self) -> float:
+        """See `World.cost_of_grid_s`; each failure costs one more load, with the proofs that precede it."""
+        loads = len(set(self.load_keys.values()))
+        each_s = PROOF_S + WARMUP_S + SAMPLES * SAMPLE_S
+        proofs = len(self.load_keys) / loads / 2
+        return 3 * (loads * LOAD_S + len(self.truth) * each_s) + len(self.failing) * (LOAD_S + proofs * PROOF_S)
 
     def _drift(self) -> float:
         return self._wandering + self.noise.planted * min(1.0, self.now_s / self.noise.planted_s)

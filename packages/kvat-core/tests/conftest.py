@@ -279,3 +279,9 @@ def command(tmp_path: Path, in_process_worker: Any) -> MakeCommand:
         return Command(TuneRequest(out=tmp_path / name, **fields), in_process_worker)
 
     return make
+
+
+@pytest.fixture(name="header")
+def _header() -> Callable[..., Header]:
+    """A header with some fields of one's own."""
+    return header

@@ -54,3 +54,4 @@ PEAKS: tuple[tuple[Bound, Callable[[Resources], int | None]], ...] = (
     (Bound("max_host_bytes", "host memory", "B"), attrgetter("peak_host_bytes")),
 )
 CONTEXT = Bound("min_context_tokens", "context", "tokens", at_most=False)
+BY_NAME: dict[LimitName, Bound] = {bound.name: bound for bound in (*(one for one, _ in (*TIMED, *PEAKS)), CONTEXT)}

@@ -33,10 +33,15 @@ class Costs:
 
     def seconds(self, groups: Sequence[Sequence[Cell]]) -> float:
         """What launches of these cells will take; 0 for what nothing like it has been seen of."""
-        return sum(
-            _like(self._loads, self._load_keys[cells[0]]) + sum(_like(self._cells, cell) for cell in cells)
-            for cells in groups
-        )
+        return sum(self.load_s(self._load_keys[cells[0]]) + sum(map(self.cell_s, cells)) for cells in groups)
+
+    def load_s(self, load_key: str) -> float:
+        """Seconds until the model is loaded."""
+        return _like(self._loads, load_key)
+
+    def cell_s(self, cell: Cell) -> float:
+        """Seconds for one cell in a launch, without loading."""
+        return _like(self._cells, cell)
 
 
 def spent_s(run: Run) -> float:

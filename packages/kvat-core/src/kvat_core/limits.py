@@ -22,7 +22,7 @@ from statistics import median
 from scipy.special import bdtr, bdtrc
 
 from kvat_core import stats
-from kvat_core.bounds import CONTEXT, PEAKS, TIMED, Bound
+from kvat_core.bounds import BY_NAME, CONTEXT, PEAKS, TIMED, Bound
 from kvat_core.run import Run
 from kvat_core.schema import (
     Cell,
@@ -80,6 +80,20 @@ def results(run: Run, candidate_id: str) -> tuple[LimitResult, ...]:
 def misses(run: Run, candidate_id: str) -> str | None:
     """Which limits a candidate fails and by how much, in words; None where none is shown to be failed."""
     return " and ".join(one.reason for one in results(run, candidate_id) if one.verdict == "fail") or None
+
+
+def apparent_miss(run: Run, candidate_id: str) -> float:
+    """By what share a candidate seems to miss its limits, by all that was observed or predicted; 0 = it keeps them.
+
+    Decides nothing: it tells of whom more should be seen.
+    """
+    limits, predicted = run.header.profile.limits, run.entry(candidate_id).predicted_peak_bytes
+    most = limits.max_device_bytes or limits.max_host_bytes
+    missed = [predicted / most - 1] if most and predicted else []
+    for one in results(run, candidate_id):
+        if one.observed is not None:
+            missed.append(BY_NAME[one.name].miss(one.observed, one.limit))
+    return max(0.0, *missed) if missed else 0.0
 
 
 def preferred(run: Run, candidate_ids: Iterable[str]) -> list[str]:

@@ -44,11 +44,18 @@ def pareto_front(measured: Mapping[str, Objectives]) -> tuple[str, ...]:
     return tuple(
         name
         for name, own in measured.items()
-        if not any(_dominates(other, own, level) for rival, other in measured.items() if rival != name)
+        if not any(dominates(other, own, level) for rival, other in measured.items() if rival != name)
     )
 
 
-def _dominates(over: Objectives, under: Objectives, level: float) -> bool:
+def dominates(over: Objectives, under: Objectives, level: float) -> bool:
+    """Whether one is shown to be ahead of another in everything, and by what matters in something.
+
+    Args:
+        over: the one.
+        under: the other.
+        level: probability with which this may be said of two that are equal.
+    """
     speeds = [
         (_log_ratios(over.ttft, under.ttft), math.log1p(TTFT_STEP)),
         (_log_ratios(over.decode, under.decode), math.log1p(DECODE_STEP)),

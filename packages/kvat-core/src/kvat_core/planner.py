@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from kvat_core import limits, metrics, scoring, stats, utilisation
 from kvat_core.decision import Decision, decide
+from kvat_core.drift import drift
 from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.field import MIN_DIFFERENCE
 from kvat_core.pareto import Objectives, pareto_front
 from kvat_core.rules import derive_rules
 from kvat_core.run import MAX_REJECTED, Run
@@ -98,6 +100,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         closest=closest,
         equivalents=chosen.equivalents,
         metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
+        drift=drift(run),
         pareto=() if decision is None else _front(run, decision.winner, results),
         rules=() if decision is None else derive_rules(run, decision, results),
         notes=_notes(header, run, chosen.winner, results),
@@ -144,6 +147,7 @@ def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[Ca
     notes += _unstable_notes(run)
     notes += _memory_notes(run)
     notes += _worker_notes(run)
+    notes += _drift_notes(run)
     if header.shape.weights == "random":
         notes.append(RANDOM_WEIGHTS_NOTE)
     if winner is not None:
@@ -153,6 +157,18 @@ def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[Ca
     if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
         notes.append(UNJUDGED_NOTE)
     return tuple(notes)
+
+
+def _drift_notes(run: Run) -> list[str]:
+    """That the machine changed, where it surely did, and by enough to matter."""
+    found = drift(run)
+    if found is None or found.low <= 1 <= found.high or abs(found.value - 1) < MIN_DIFFERENCE:
+        return []
+    way = "faster" if found.value > 1 else "slower"
+    return [
+        f"the machine became {way} during the run, by {abs(found.value - 1):.1%} as what runs today shows: comparisons "
+        "are within blocks and hold, the figures of a single candidate are means over that"
+    ]
 
 
 def _how_it_ended(run: Run) -> str:

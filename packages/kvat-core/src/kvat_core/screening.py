@@ -26,13 +26,14 @@ LEAST_PER_VALUE = 2
 
 
 def standing(run: Run, names: Iterable[str]) -> dict[str, float]:
-    """Log score ÷ that of what runs today of each candidate that was screened, straight drift taken out."""
+    """Log score ÷ that of what runs today of each candidate that was screened, straight drift taken out.
+
+    Without figures of what runs today it is the bare log score, which ranks the same but for the drift.
+    """
     today = run.incumbent
     seen = scoring.screened(run, [*names, today])
     controls = sorted((seen[today].launch[number], score) for number, score in seen[today].score.items())
-    if not controls:
-        return {}
-    level, slope = _line(controls)
+    level, slope = _line(controls) if controls else (0.0, 0.0)
     return {
         name: one.score[number] - level - slope * one.launch[number]
         for name, one in seen.items()

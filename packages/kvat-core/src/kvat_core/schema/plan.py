@@ -189,6 +189,15 @@ class Confidence(Record):
     epsilon: float = Field(description="relative difference below which nothing is claimed: max(1 %, 2 × noise floor)")
 
 
+class Drift(Record):
+    """How much faster the machine was at the end of the run than at its start, by what runs today; 1 = no trend."""
+
+    value: float
+    low: float = Field(description="lower end of the 95 % interval")
+    high: float = Field(description="upper end of the 95 % interval")
+    launches: int = Field(description="of what runs today")
+
+
 class PlanModel(Record):
     """The model that was measured."""
 
@@ -250,6 +259,7 @@ class Plan(Record):
     equivalents: tuple[str, ...] = Field(description="candidates that cannot be told from the winner, itself apart")
     max_context: MaxContext | None = Field(default=None, description="null: not determined in this run")
     metrics: WinnerMetrics | None = Field(description="null without a winner")
+    drift: Drift | None = Field(default=None, description="null: what runs today had too few launches to tell")
     pareto: tuple[str, ...] = Field(
         default=(),
         description="candidates that no other one is shown to beat in first token, decoding, peak memory and longest "

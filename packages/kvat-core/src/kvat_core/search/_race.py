@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from kvat_core import scoring, screening, stats
+from kvat_core import limits, scoring, screening, stats
 from kvat_core.costs import Costs, spent_launches, spent_s, wall_s
 from kvat_core.decision import decide
 from kvat_core.field import ALPHA, LEAST_FRESH, MIN_DIFFERENCE, Field
+from kvat_core.pareto import Objectives, dominates
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder, Purpose
 from kvat_core.scoring import may_win
@@ -213,20 +214,32 @@ def _seen_enough(run: Run) -> bool:
 def _best_of_screening(run: Run) -> Collection[str]:
     names = [name for name in run.live if run.alias_of(name) is None and may_win(run, name)]
     seen = screening.standing(run, names)
-    best = sorted((name for name in seen if name != run.incumbent), key=lambda name: -seen[name])[: _racers(run)]
+    others = [name for name in seen if name != run.incumbent]
+    # Who seems to miss a limit may only race where too few seem to keep all.
+    best = sorted(others, key=lambda name: (limits.apparent_miss(run, name), -seen[name]))[: _racers(run)]
     return {run.incumbent, *best}
 
 
 def _survivors(field: Field) -> list[str]:
-    """Who is not shown to be worse than the leader, corrected for so many candidates and so many looks (Bonferroni)."""
+    """Who is shown neither to be worse than the leader nor to be beaten in everything by somebody.
+
+    Corrected for so many candidates and so many looks (Bonferroni).
+    """
     looks = MOST_BLOCKS - LEAST_BLOCKS + 1
-    level = 1 - ALPHA / max(1, len(field.eligible) - 1) / looks
-    survivors = []
-    for name in field.eligible:
-        high = None if name == field.leader else field.compare(name, field.leader).high(level)
-        if high is None or high >= 0:
-            survivors.append(name)
-    return survivors
+    rivals = max(1, len(field.eligible) - 1)
+    achieved = {name: _achieved(field, name) for name in field.eligible}
+
+    def is_out(name: str) -> bool:
+        high = field.compare(name, field.leader).high(1 - ALPHA / rivals / looks)
+        beaten = (dominates(own, achieved[name], ALPHA / rivals**2 / looks) for own in achieved.values())
+        return (high is not None and high < 0) or any(beaten)
+
+    return [name for name in field.eligible if name == field.leader or not is_out(name)]
+
+
+def _achieved(field: Field, name: str) -> Objectives:
+    utility = field.utilities[name]
+    return Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(field.run, name))
 
 
 def _settled(field: Field, margin: float) -> bool:

@@ -1,11 +1,10 @@
-"""Ways to choose a candidate in a world: kvat's searches as they are, and what others do."""
+"""kvat's own searches as they are, fed in a world with the events of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
-from worlds import Launch, World
+from worlds import SAMPLES, Call, Choice, Launch, World
 
 from kvat_core.decision import decide
 from kvat_core.run import Run
@@ -32,20 +31,7 @@ from kvat_core.schema import (
 )
 from kvat_core.search import Grid, Race, Search
 
-SAMPLES = 3
 SCENARIO = Scenario(prompt_tokens=1, output_tokens=2)
-
-
-class Choice(NamedTuple):
-    """What came out."""
-
-    winner: str
-    cost_s: float
-    loads: int
-    verdict: str = ""
-    confidence: float | None = None
-    epsilon: float | None = None
-    ratio: tuple[float, float | None, float | None] | None = None
 
 
 def kvat(make: Callable[[Mapping[Cell, str], int], Search], world: World, seed: int, launches: int = 3) -> Choice:
@@ -75,29 +61,45 @@ def kvat(make: Callable[[Mapping[Cell, str], int], Search], world: World, seed: 
         decision.confidence.probability,
         decision.confidence.epsilon,
         (score.value, score.low, score.high) if score else None,
+        _dropped(run),
+        _screened_at(run, decision.winner),
     )
+
+
+def _dropped(run: Run) -> tuple[str, ...]:
+    raced = [order for order in run.launches if order.purpose == "timing"]
+    last = max(order.round for order in raced)
+    everybody = {cell.candidate for order in raced for cell in order.cells}
+    return tuple(sorted(everybody - {cell.candidate for order in raced if order.round == last for cell in order.cells}))
+
+
+def _screened_at(run: Run, winner: str) -> float | None:
+    launches = [order for order in run.launches if order.purpose == "screening"]
+    at = next((rank for rank, order in enumerate(launches) if winner in {cell.candidate for cell in order.cells}), None)
+    return None if at is None or len(launches) < 2 else at / (len(launches) - 1)
 
 
 def _events(order: LaunchOrder, launch: Launch) -> Iterator[Event]:
     yield Loaded(launch=order.launch, start_s=0.0, load_s=launch.load_s)
     for shown in launch.shown:
-        if not shown.speeds:
+        if not shown.calls:
             cell = Cell(candidate=shown.candidate, scenario=SCENARIO.key)
             failure = Failure(kind="oom_device", phase="prove", reason="it does not fit")
             yield Failed(launch=order.launch, cell=cell, failure=failure)
-        for index, speed in enumerate(shown.speeds):
-            yield _sample(order, shown.candidate, index, speed)
+        for index, call in enumerate(shown.calls):
+            yield _sample(order, shown.candidate, index, call)
     yield LaunchEnd(launch=order.launch, wall_s=launch.load_s + launch.rest_s, generate_s=launch.rest_s)
 
 
-def _sample(order: LaunchOrder, candidate: str, index: int, speed: float) -> Sample:
-    """A call whose decode rate is the speed. Not validated: a replay makes millions."""
+def _sample(order: LaunchOrder, candidate: str, index: int, call: Call) -> Sample:
+    """A call of two output tokens. Not validated: a replay makes millions."""
+    e2e_s = call.ttft_s + 1 / call.decode_tps
     request = RequestTiming.model_construct(
-        prompt_tokens=1, output_tokens=2, ttft_s=1.0, e2e_s=1.0 + 1 / speed, token_gaps_s=None, count=1
+        prompt_tokens=1, output_tokens=2, ttft_s=call.ttft_s, e2e_s=e2e_s, token_gaps_s=None, count=1
     )
     return Sample.model_construct(
         clock="host",
-        duration_s=1.0 + 1 / speed,
+        duration_s=e2e_s,
         requests=(request,),
         compilations=0,
         launch=order.launch,
@@ -112,7 +114,11 @@ def _sample(order: LaunchOrder, candidate: str, index: int, speed: float) -> Sam
 
 def _header(seed: int, launches: int) -> Header:
     profile = Profile(
-        name="replay", scenarios=(SCENARIO,), objective=Objective(decode=1.0), launches=launches, samples=SAMPLES
+        name="replay",
+        scenarios=(SCENARIO,),
+        objective=Objective(ttft=0.5, decode=0.5),
+        launches=launches,
+        samples=SAMPLES,
     )
     return Header(
         kvat="0",

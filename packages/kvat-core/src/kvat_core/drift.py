@@ -1,0 +1,41 @@
+"""Pure: how much the machine itself changed during a run, as what runs today shows it again and again."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+from kvat_core import scoring
+from kvat_core.run import Run
+from kvat_core.schema import Drift
+
+LEAST_LAUNCHES = 5
+"""Of what runs today, from which a trend is told."""
+
+
+def drift(run: Run) -> Drift | None:
+    """Trend of the score of what runs today over all its launches; None where there are too few.
+
+    Theil-Sen: the median slope between any two launches, with its interval, which a few bad launches do not move
+    (Sen, "Estimates of the regression coefficient based on Kendall's tau", 1968).
+    """
+    today = run.incumbent
+    if today not in run.live:
+        return None
+    seen = [*scoring.screened(run, [today]).values(), *scoring.utilities(run, [today]).values()]
+    points = [(one.launch[number], one.score[number]) for one in seen for number in one.score]
+    if len(points) < LEAST_LAUNCHES:
+        return None
+    from scipy.stats import theilslopes  # takes half a second to import, and only a plan asks
+
+    ended = [end.launch for end in run.ended]
+    clock_s = dict(zip(ended, accumulate(end.wall_s for end in run.ended), strict=True))
+    times_s = [clock_s.get(launch, 0.0) for launch, _ in points]
+    found = theilslopes([score for _, score in points], times_s, alpha=0.95)
+    span_s = max(times_s) - min(times_s)
+    return Drift(
+        value=math.exp(found.slope * span_s),
+        low=math.exp(found.low_slope * span_s),
+        high=math.exp(found.high_slope * span_s),
+        launches=len(points),
+    )

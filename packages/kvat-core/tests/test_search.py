@@ -1,0 +1,310 @@
+"""What a search asks for next: stages, who takes part in them, and what the allowance leaves. Nothing is measured."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kvat_core.decision import decide
+from kvat_core.errors import UsageError
+from kvat_core.run import Run
+from kvat_core.schema import (
+    Candidate,
+    CandidateEntry,
+    Cell,
+    Failed,
+    Failure,
+    LaunchEnd,
+    LaunchOrder,
+    Limit,
+    Limits,
+    Loaded,
+    Measured,
+    Objective,
+    Profile,
+    RequestTiming,
+    Resources,
+    Sample,
+    Scenario,
+)
+from kvat_core.search import Allowance, Grid, Race, Rationed, find_search
+
+SCENARIO = Scenario(prompt_tokens=8, output_tokens=2)
+PROFILE = Profile(name="test", scenarios=(SCENARIO,), objective=Objective(ttft=0.5, decode=0.5), launches=3, samples=2)
+LOAD_S, CELL_S = 10.0, 1.0
+
+
+class World:
+    """Candidates with a pace each; launches of some of them take place in numbers only."""
+
+    def __init__(
+        self, paces: Mapping[str, float], *, noise: float = 0.005, per_load: int = 4, failing: Sequence[str] = ()
+    ) -> None:
+        self.paces = dict(paces)
+        self.failing = set(failing)
+        self._noise = noise
+        ordered = sorted(self.paces)
+        self.load_keys = {
+            Cell(candidate=name, scenario=SCENARIO.key): f"load{rank // per_load}" for rank, name in enumerate(ordered)
+        }
+
+    def start(self, header: Any, **changes: Any) -> Run:
+        run = Run(header(**{"profile": PROFILE, **changes}))
+        for rank, name in enumerate(self.paces):
+            settings = {"one": str(rank % 3), "other": str(rank % 2)}
+            candidate = Candidate(id=name, label=name, settings=settings, complexity=int(rank > 0))
+            run.add(CandidateEntry(candidate=candidate, incumbent=rank == 0))
+        return run
+
+    def carry_out(self, run: Run, order: LaunchOrder) -> None:
+        source = random.Random(f"{order.launch}")
+        run.add(order)
+        run.add(Loaded(launch=order.launch, start_s=0.0, load_s=LOAD_S))
+        bad = [cell for cell in order.cells if cell.candidate in self.failing]
+        if bad:
+            failure = Failure(kind="oom_host", phase="prove", reason="too large")
+            run.add(Failed(launch=order.launch, cell=bad[0], failure=failure))
+        elif order.purpose == "memory":
+            resources = Resources(processes=("worker",), peak_host_bytes=100)
+            run.add(Measured(launch=order.launch, cells=order.cells, resources=resources))
+        else:
+            for cell in order.cells:
+                pace = self.paces[cell.candidate] * math.exp(source.gauss(0, self._noise))
+                for index in range(order.samples or run.header.profile.samples):
+                    run.add(_sample(order, cell, index, pace))
+        wall_s = LOAD_S + CELL_S * len(order.cells)
+        run.add(LaunchEnd(launch=order.launch, wall_s=wall_s, generate_s=0.0))
+
+
+def _sample(order: LaunchOrder, cell: Cell, index: int, pace: float) -> Sample:
+    request = RequestTiming(prompt_tokens=8, output_tokens=2, ttft_s=pace, e2e_s=2 * pace, token_gaps_s=(pace,))
+    return Sample(
+        clock="host",
+        duration_s=2 * pace,
+        requests=(request,),
+        launch=order.launch,
+        round=order.round,
+        candidate=cell.candidate,
+        scenario=cell.scenario,
+        index=index,
+    )
+
+
+def searched(world: World, run: Run, search: Any) -> Run:
+    while (order := search.next(run)) is not None:
+        assert len({world.load_keys[cell] for cell in order.cells}) == 1
+        world.carry_out(run, order)
+    return run
+
+
+def purposes(run: Run) -> Counter[str]:
+    return Counter(order.purpose for order in run.launches)
+
+
+def blocks_of(run: Run, purpose: str) -> dict[str, int]:
+    """How many blocks of a kind each candidate was in."""
+    return dict(Counter(cell.candidate for order in run.launches if order.purpose == purpose for cell in order.cells))
+
+
+def spread(size: int, best: float = 1.0, step: float = 0.03) -> dict[str, float]:
+    """Paces from the best up, in an order that says nothing; the incumbent is in the middle."""
+    names = [f"c{number:02d}" for number in range(size)]
+    random.Random(4).shuffle(names)
+    paces = {name: best * (1 + step) ** rank for rank, name in enumerate(names)}
+    today = names[size // 2]
+    return {today: paces.pop(today), **paces}
+
+
+def fastest(world: World) -> str:
+    return min((name for name in world.paces if name not in world.failing), key=lambda name: world.paces[name])
+
+
+def test_in_a_small_space_everybody_gets_the_blocks_of_the_profile_and_the_last_ones_more(
+    header: Any,
+) -> None:
+    world = World(spread(10))
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    assert set(purposes(run)) == {"timing", "run_off", "memory"}
+    assert set(blocks_of(run, "timing").values()) == {3}
+    assert len(blocks_of(run, "timing")) == 10
+    finalists = blocks_of(run, "run_off")
+    assert {run.incumbent, fastest(world)} <= set(finalists)
+    assert len(finalists) <= 3
+    decision = decide(run)
+    assert decision is not None
+    assert (decision.winner, decision.verdict) == (fastest(world), "better")
+
+
+def test_blocks_are_interleaved_and_those_of_the_run_off_mirrored(header: Any) -> None:
+    world = World(spread(4), per_load=1)
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    rounds = [order.round for order in run.launches if order.purpose == "timing"]
+    assert rounds == sorted(rounds)
+    last = [order for order in run.launches if order.purpose == "run_off"]
+    first = last[0].round
+    orders = [[one.cells[0].candidate for one in last if one.round == first + block] for block in range(2)]
+    assert orders[0] == orders[1][::-1]
+
+
+def test_a_profile_of_less_than_three_launches_asks_for_no_run_off(header: Any) -> None:
+    world = World(spread(6))
+    run = world.start(header, profile=PROFILE.model_copy(update={"launches": 2}))
+    assert set(purposes(searched(world, run, Race(world.load_keys, 0)))) == {"timing", "memory"}
+
+
+def test_a_large_space_is_screened_once_and_raced_by_the_best_and_what_runs_today(header: Any) -> None:
+    world = World(spread(60))
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    assert set(blocks_of(run, "screening").values()) == {1}
+    assert len(blocks_of(run, "screening")) == 60
+    assert run.launches[0].cells[0].candidate == run.incumbent
+    assert {order.samples for order in run.launches if order.purpose == "screening"} == {1}
+    pilots = [order for order in run.launches if order.purpose == "pilot"]
+    assert len(pilots) == 4
+    assert {cell.candidate for order in pilots for cell in order.cells} == {run.incumbent}
+    best = sorted(world.paces, key=lambda name: world.paces[name])[:6]
+    assert set(blocks_of(run, "timing")) == {run.incumbent, *best}
+    decision = decide(run)
+    assert decision is not None
+    assert (decision.winner, decision.verdict) == (best[0], "better")
+    # 3 % apart at 0.5 % noise: three blocks drop the slowest of them, corrected for all looks.
+    assert blocks_of(run, "timing")[best[0]] >= 3
+
+
+def test_pilots_are_spread_over_screening(header: Any) -> None:
+    world = World(spread(60))
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    stages = [order.purpose for order in run.launches if order.purpose in ("pilot", "screening")]
+    places = [place / len(stages) for place, stage in enumerate(stages) if stage == "pilot"]
+    assert places == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.1)
+
+
+def test_who_is_shown_to_be_slower_leaves_the_race(header: Any) -> None:
+    # Nobody is settled: the two best are equal; the others are far behind.
+    paces = spread(40, step=0.001) | {"z1": 0.8, "z2": 0.8}
+    today, *_ = paces
+    world = World({today: 1.1, **{name: pace for name, pace in paces.items() if name != today}}, noise=0.02)
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    blocks = blocks_of(run, "timing")
+    most = max(blocks.values())
+    assert {name for name, number in blocks.items() if number == most} >= {"z1", "z2", today}
+    assert min(blocks.values()) >= 3
+
+
+def test_what_failed_is_not_raced(header: Any) -> None:
+    paces = spread(40)
+    best = min(paces, key=lambda name: paces[name])
+    world = World(paces, failing=[best])
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    assert best not in blocks_of(run, "timing")
+    decision = decide(run)
+    assert decision is not None
+    assert decision.winner == fastest(world)
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_without_what_runs_today_the_best_of_the_others_is_found(header: Any, size: int) -> None:
+    paces = spread(size)
+    world = World(paces, failing=[next(iter(paces))])
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    decision = decide(run)
+    assert decision is not None
+    assert (decision.winner, decision.ratios) == (fastest(world), None)
+
+
+def test_screening_ends_early_where_the_rest_can_hardly_be_better(header: Any) -> None:
+    source = random.Random(3)
+    equal = {f"c{number:03d}": 1.0 * math.exp(source.gauss(0, 0.002)) for number in range(200)}
+    world = World({"today": 1.5, **equal}, noise=0.02)
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    assert 50 <= len(blocks_of(run, "screening")) < 190
+    decision = decide(run)
+    assert decision is not None
+    assert decision.verdict == "better"
+    assert decision.confidence.probability < 1
+
+
+def test_screening_goes_on_where_the_best_may_be_among_the_rest(header: Any) -> None:
+    world = World(spread(200, step=0.02), noise=0.005)
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    assert len(blocks_of(run, "screening")) > 190
+
+
+def test_who_seems_to_miss_a_limit_races_last(header: Any) -> None:
+    paces = spread(40, step=0.01)
+    world = World(paces)
+    fast = sorted(paces, key=lambda name: paces[name])[:10]
+    profile = PROFILE.model_copy(update={"limits": Limits(min_decode_tps=Limit(value=1 / paces[fast[-1]]))})
+    run = world.start(header, profile=profile)
+    searched(world, run, Race(world.load_keys, 0))
+    raced = set(blocks_of(run, "timing")) - {run.incumbent}
+    assert raced <= set(fast)
+
+
+@pytest.mark.parametrize("make", [Race, Grid])
+@pytest.mark.parametrize("size", [8, 60])
+@pytest.mark.parametrize("launches", [1, 2, 3, 7, 20])
+def test_no_more_launches_than_allowed_and_there_is_a_decision_as_soon_as_there_can_be(
+    header: Any, make: Callable[..., Any], size: int, launches: int
+) -> None:
+    world = World(spread(size))
+    allowance = Allowance(launches=launches)
+    search = Rationed(make(world.load_keys, 0, allowance), world.load_keys, allowance)
+    run = searched(world, world.start(header), search)
+    assert len(run.launches) <= launches
+    assert search.cut_short(run) == (size == 60 or launches < 20)
+    if launches == 20:
+        decision = decide(run)
+        assert decision is not None
+        # Something is kept for the peaks that a plan needs, as soon as it is known whose they are.
+        assert set(blocks_of(run, "memory")) & {run.incumbent, decision.winner}
+
+
+@pytest.mark.parametrize("wall_s", [30.0, 100.0, 300.0])
+def test_launches_that_will_not_fit_are_not_begun(header: Any, wall_s: float) -> None:
+    world = World(spread(60))
+    allowance = Allowance(wall_s=wall_s)
+    search = Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance)
+    run = searched(world, world.start(header), search)
+    assert sum(end.wall_s for end in run.ended) <= wall_s
+    screening_s = (LOAD_S + 4 * CELL_S) * purposes(run)["screening"]
+    assert screening_s <= wall_s / 2 + LOAD_S + 4 * CELL_S
+    if wall_s >= 300:
+        assert decide(run) is not None
+
+
+def test_what_is_enough_is_not_cut_short(header: Any) -> None:
+    world = World(spread(6))
+    allowance = Allowance(wall_s=1e6, launches=1000)
+    search = Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance)
+    run = searched(world, world.start(header), search)
+    assert not search.cut_short(run)
+
+
+def test_a_search_is_found_by_its_name_and_an_unknown_one_refused() -> None:
+    assert (find_search("race"), find_search("grid")) == (Race, Grid)
+    with pytest.raises(UsageError, match="no search is called 'luck'; choose one of grid, "):
+        find_search("luck")
+
+
+def test_the_same_journal_has_the_same_answer(header: Any) -> None:
+    world = World(spread(30))
+    run, search = world.start(header), Race(world.load_keys, 0)
+    while (order := search.next(run)) is not None:
+        assert order == Race(world.load_keys, 0).next(run)
+        world.carry_out(run, order)
+
+
+def test_remaining_ends_at_nothing(header: Any) -> None:
+    for size in (6, 40):
+        world = World(spread(size))
+        run, search = world.start(header), Race(world.load_keys, 0)
+        while (order := search.next(run)) is not None:
+            assert search.remaining(run) >= 1
+            world.carry_out(run, order)
+        assert search.remaining(run) == 0
