@@ -103,3 +103,18 @@ def test_infeasible_names_the_closest_and_what_it_misses(make_plan: Callable[...
     assert decision(plan) == (
         "Infeasible: no candidate keeps the limits; the closest, static, sdpa, misses it and misses that."
     )
+
+
+def test_a_tie_without_anything_faster_says_so(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    slower = {"value": 0.88, "low": 0.8, "high": 0.95, "n": 6}
+    candidates = [
+        one.model_dump() | ({"score": slower} if one.score is not None and one.id != plan.incumbent.id else {})
+        for one in plan.candidates
+    ]
+    sentence = decision(make_plan(verdict="tie", winner=plan.incumbent, candidates=candidates))
+    assert "no alternative is faster: the best of them, " in sentence
+    assert "scores 0.88×" in sentence
+    assert "after 6 launches no alternative seems faster" in decision(
+        make_plan(verdict="undecided", winner=plan.incumbent, candidates=candidates)
+    )

@@ -49,7 +49,7 @@ def decide(run: Run) -> Decision | None:
         equivalents=_equivalents(field, winner),
         ratios=_ratios(field, winner, incumbent) if incumbent in field.utilities else None,
         confidence=_confidence(field, winner),
-        scores={name: field.compare(name, reference).ratio() for name in field.utilities},
+        scores=_screened_scores(run) | {name: field.compare(name, reference).ratio() for name in field.utilities},
     )
 
 
@@ -86,6 +86,14 @@ def _ratios(field: Field, winner: str, incumbent: str) -> Ratios:
         ttft=field.claimed(winner, incumbent, "ttft").ratio(),
         decode=field.claimed(winner, incumbent, "decode").ratio(),
     )
+
+
+def _screened_scores(run: Run) -> dict[str, Ratio]:
+    """What screening has seen, in one launch each."""
+    if not run.before_the_blocks:
+        return {}
+    found = screening.standing(run, [name for name in run.live if run.alias_of(name) is None])
+    return {name: stats.Comparison(ahead, None, 0.0, 1).ratio() for name, ahead in found.items()}
 
 
 def _passed_over(field: Field, winner: str) -> dict[str, stats.Comparison]:

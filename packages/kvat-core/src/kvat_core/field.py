@@ -19,6 +19,8 @@ ALPHA = 0.05
 """Probability with which anything wrong may be claimed of candidates that are equal."""
 LEAST_FRESH = 2
 """Blocks after the choice from which they alone are what is claimed."""
+LOOKS = 4
+"""Times that a run-off is looked at: after each two of its blocks."""
 
 Kind = Literal["score", "ttft", "decode"]
 
@@ -153,12 +155,12 @@ class Field:
     def shown_better(self, candidate: str, than: str) -> bool:
         """Whether the best of several candidates is better for sure, and by more than ε at its best estimate.
 
-        It was picked as the best of those that can win, so the test is corrected for their number (Bonferroni); and it
-        has to be better in what is claimed, too.
+        It was picked as the best of those that can win, so the test is corrected for their number (Bonferroni). It has
+        to be better in what is claimed, too, at which a run-off looks again and again: corrected for that as well.
         """
         rivals = max(1, len([name for name in self.contenders if name != than]))
         found, claim = self.compare(candidate, than), self.claimed(candidate, than)
-        least = found.low(1 - ALPHA / 2 / rivals), claim.low()
+        least = found.low(1 - ALPHA / 2 / rivals), claim.low(1 - ALPHA / 2 / LOOKS)
         return all(low is not None and low > 0 for low in least) and claim.mean >= math.log1p(self.epsilon)
 
     def near(self, candidate: str) -> list[str]:

@@ -50,6 +50,7 @@ RANDOM_WEIGHTS_NOTE = (
 _NAMED = 3
 """Candidates that a note names; more are counted."""
 PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); go on with --resume"
+PASSED_OVER = "one launch in screening, in which others looked better; its figures are of that launch"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
@@ -314,6 +315,8 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
 def _reason(run: Run, candidate_id: str, original: str | None, winner: str | None) -> str | None:
     if original is not None:
         return f"runs the very same thing as {_choice(run, original).label}, whose figures these are"
+    if candidate_id in run.live and not scoring.complete_rounds(run, candidate_id) and _was_screened(run, candidate_id):
+        return PASSED_OVER
     return scoring.ineligible_reason(run, candidate_id) or _passed_over(run, candidate_id, winner)
 
 
@@ -341,7 +344,13 @@ def _state(run: Run, entry: CandidateEntry) -> State:
         return "excluded"
     if entry.candidate.id in run.failures:
         return "failed"
-    return "ok" if scoring.complete_rounds(run, entry.candidate.id) else "not_reached"
+    if scoring.complete_rounds(run, entry.candidate.id):
+        return "ok"
+    return "pruned" if _was_screened(run, entry.candidate.id) else "not_reached"
+
+
+def _was_screened(run: Run, candidate_id: str) -> bool:
+    return bool(scoring.screened(run, [candidate_id])[candidate_id].score)
 
 
 def _scenario_results(run: Run, entry: CandidateEntry) -> list[ScenarioResult]:

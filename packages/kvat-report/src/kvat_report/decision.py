@@ -74,6 +74,9 @@ def _tie(plan: Plan, winner: Choice, show: Show) -> str:
         return f"{keep}; nothing else was measured that could replace it."
     assert plan.confidence is not None, "a plan with a winner has one"
     least = numbers.percent(plan.confidence.epsilon)
+    if best.score is not None and best.score.value <= 1:
+        seen = f"{show(best.label)}, scores {numbers.ratio(best.score)}"
+        return f"{keep}; no alternative is faster: the best of them, {seen}."
     return (
         f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
         f"and differences under {least} are not claimed on this machine."
@@ -86,6 +89,8 @@ def _undecided(plan: Plan, winner: Choice, show: Show) -> str:
     if best is None or best.score is None:
         return f"{keep}; nothing else was measured that could replace it."
     launches = "1 launch" if best.score.n == 1 else f"{best.score.n} launches"
+    if best.score.value <= 1:
+        return f"{keep}; after {launches} no alternative seems faster, which is too few to say so."
     return (
         f"{keep}; {show(best.label)} scores {numbers.ratio(best.score)}, which {launches} cannot confirm: "
         "measure again with more launches in the profile."

@@ -63,7 +63,7 @@ def _say(line: str) -> None:
 def _launch_line(order: LaunchOrder, names: Mapping[str, str], standing: str) -> str:
     candidates = list(dict.fromkeys(names[cell.candidate] for cell in order.cells))
     what = "; ".join(candidates) if len(candidates) <= _NAMED else f"{len(candidates)} candidates"
-    return one_line(f"launch {order.launch} for {order.purpose}: {what} ({standing})")
+    return one_line(f"launch {order.launch} for {order.purpose.replace('_', '-')}: {what} ({standing})")
 
 
 def _health_line(health: Health, device: str) -> str:
