@@ -116,7 +116,7 @@ def environment(session: nox.Session) -> None:
     """Install the packages from the tree, with what tests them; the engines where torch runs."""
     with_torch = session.python == TORCH_PYTHON
     session.install(*PINNED, *group("build"))
-    tools = group("test", "types", "layers", "quantised") if with_torch else group("test")
+    tools = group("test", "types", "layers", "quantised", "replay") if with_torch else group("test")
     session.install(*PINNED, *tools, *editable(*map(source, PACKAGES if with_torch else LIBRARIES)))
 
 
@@ -280,7 +280,7 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the project's own benchmarks, and keep their results; one that misses its bound keeps none from running."""
     missed = []
-    for script in sorted(Path("benchmarks").glob("[!_]*.py")):
+    for script in [*sorted(Path("benchmarks").glob("[!_]*.py")), Path("benchmarks/replay")]:
         result = f"benchmarks/results/{script.stem}.json"
         try:
             session.run(program("python"), str(script), "--out", result, env=AS_USERS_HAVE_IT, external=True)

@@ -57,7 +57,7 @@ def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.
     words = (
         "tune --engine e --model m --revision r --allow-download --device cuda:1 --threads 3 --profile p "
         "--context 2048,4096 --batch 1,4 --space full --set a=1 --set b=x=y --exclude c=2 --exclude c=3 "
-        "--incumbent d=4 --seed 7 --out o --force --quiet"
+        "--incumbent d=4 --seed 7 --search grid --budget 10m --max-launches 9 --out o --force --quiet"
     )
     assert kvat(*words.split()).code == 0
     assert requests == [
@@ -77,6 +77,9 @@ def test_options_become_the_request(kvat: Run, tuned: Path, monkeypatch: pytest.
             excluded=(("c", "2"), ("c", "3")),
             incumbent={"d": "4"},
             seed=7,
+            search="grid",
+            budget_s=600.0,
+            max_launches=9,
             force=True,
         )
     ]

@@ -79,11 +79,18 @@ def test_pairs_of_equally_noisy_candidates_tell_their_spread() -> None:
     spread = stats.pooled(pairs)
     assert spread is not None
     assert math.sqrt(spread.variance / 2) == pytest.approx(0.02, rel=0.15)
-    assert spread.df == stats.MOST_BORROWED
+    assert spread.df == pytest.approx(4 * 39)
+    assert stats.compare([0.1], spread).df == stats.MOST_BORROWED
     three = stats.pooled([pair[:3] for pair in pairs[:3]])
     assert three is not None
     assert three.df == pytest.approx(4)  # three candidates in three blocks: (3 - 1) (3 - 1)
     assert stats.pooled([[0.1], []]) is None
+
+
+def test_a_spread_that_is_known_from_few_launches_is_taken_for_larger() -> None:
+    # t(2; 0.975) = 4.302653, t(10; 0.975) = 2.228139, and the normal quantile is 1.959964.
+    assert stats.allowance_for_few(2) == pytest.approx(4.302653 / 1.959964, rel=1e-6)
+    assert stats.allowance_for_few(10) == pytest.approx(2.228139 / 1.959964, rel=1e-6)
 
 
 def test_the_spread_of_launches_is_without_their_drift() -> None:

@@ -125,12 +125,13 @@ class Field:
 
     @cached_property
     def noise_floor(self) -> float:
-        """Relative spread between launches of one candidate."""
+        """Relative spread between launches of one candidate, larger where it is known from few of them."""
         spreads = self._spreads("score")
         known = spreads[False] or spreads[True]
         if known is not None:
-            return math.sqrt(known.variance / 2)
-        return stats.launch_spread(self.incumbent_in_order)
+            return math.sqrt(known.variance / 2) * stats.allowance_for_few(known.df)
+        launches = self.incumbent_in_order
+        return stats.launch_spread(launches) * stats.allowance_for_few(len(launches) - 1) if len(launches) > 1 else 0.0
 
     @property
     def incumbent_in_order(self) -> list[float]:
@@ -150,7 +151,7 @@ class Field:
         """Whether a candidate is worse for sure, and by more than ε perhaps."""
         found = self.compare(candidate, than)
         low = found.low()
-        return _is_below(found, 0.0) and low is not None and low < math.log1p(-self.epsilon)
+        return _is_below(found, 0.0) and low is not None and low < -math.log1p(self.epsilon)
 
     def shown_better(self, candidate: str, than: str) -> bool:
         """Whether the best of several candidates is better for sure, and by more than ε at its best estimate.

@@ -248,7 +248,7 @@ def _ask_child(
             f"{failure.reason}); {_ADVICE.get(failure.kind, 'mend its installation, or name another --model')}"
         ) from failed
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
+        raise type(stopped)(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
     return probe, shape
 
 
@@ -326,7 +326,7 @@ def _with_ceilings(
         note = f"what this machine can do at most is not known ({failed.failure.kind}, {failed.failure.reason})"
         return header.model_copy(update={"notes": (*header.notes, note)})
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
+        raise type(stopped)(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
     return header.model_copy(update={"ceilings": found})
 
 

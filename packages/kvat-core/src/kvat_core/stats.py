@@ -79,11 +79,11 @@ def compare(log_ratios: Sequence[float], borrowed: Spread | None = None) -> Comp
     """
     n = len(log_ratios)
     own = variance(log_ratios) if n > 1 else 0.0
-    df = n - 1 + (borrowed.df if borrowed else 0.0)
+    lent, taken = (min(borrowed.df, MOST_BORROWED), borrowed.variance) if borrowed else (0.0, 0.0)
+    df = n - 1 + lent
     if df == 0:
         return Comparison(fmean(log_ratios), None, 0.0, n)
-    taken = borrowed.df * borrowed.variance if borrowed else 0.0
-    return Comparison(fmean(log_ratios), math.sqrt(((n - 1) * own + taken) / df / n), df, n)
+    return Comparison(fmean(log_ratios), math.sqrt(((n - 1) * own + lent * taken) / df / n), df, n)
 
 
 def pooled(pairs: Sequence[Sequence[float]]) -> Spread | None:
@@ -97,8 +97,16 @@ def pooled(pairs: Sequence[Sequence[float]]) -> Spread | None:
         return None
     candidates = (1 + math.sqrt(1 + 8 * len(usable))) / 2
     blocks = fmean(len(pair) for pair in usable)
-    df = min(MOST_BORROWED, (candidates - 1) * (blocks - 1))
-    return Spread(fmean(variance(pair) for pair in usable), df)
+    return Spread(fmean(variance(pair) for pair in usable), (candidates - 1) * (blocks - 1))
+
+
+def allowance_for_few(df: float) -> float:
+    """By how much a standard deviation is to be enlarged that is known from few degrees of freedom only.
+
+    So that twice of it is exceeded by chance as rarely as twice of one that is known: t(df) ÷ t(∞), both two-sided at
+    the level of all intervals.
+    """
+    return float(stdtrit(df, 0.5 + LEVEL / 2) / stdtrit(math.inf, 0.5 + LEVEL / 2))
 
 
 def launch_spread(logs_in_order: Sequence[float]) -> float:

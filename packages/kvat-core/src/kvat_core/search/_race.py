@@ -143,9 +143,11 @@ class Race(Search):
             return None
         finalists = _finalists(chosen)
         blocks = NOISY_RUN_OFF_BLOCKS if chosen.noise_floor > NOISY else RUN_OFF_BLOCKS
+        # Where what runs today leads there is nothing to be claimed.
+        least = 0 if chosen.leader == run.incumbent else LEAST_FRESH
         for block in range(blocks):
             number = last + 1 + block
-            if block >= LEAST_FRESH and block % 2 == 0 and _decided(Field(run, until=number - 1)):
+            if block >= least and block % 2 == 0 and _decided(Field(run, until=number - 1)):
                 return None
             groups = self.outstanding(run, number, finalists)
             if groups and block % 2 == 0 and self._too_dear(run, groups):
@@ -206,7 +208,8 @@ def _seen_enough(run: Run) -> bool:
     controls = scoring.screened(run, [run.incumbent])[run.incumbent].score
     if len(controls) < 2:
         return False
-    noise_floor = stats.launch_spread([score for _, score in sorted(controls.items())])
+    scores = [score for _, score in sorted(controls.items())]
+    noise_floor = stats.launch_spread(scores)
     epsilon = max(MIN_DIFFERENCE, 2 * noise_floor)
     return screening.chance_of_better_unseen(run, math.log1p(epsilon)) <= ALPHA
 
