@@ -58,9 +58,9 @@ def test_a_hanging_call_does_not_outlast_the_budget(kvat_process: Run, tmp_path:
     done = kvat_process("tune", "--model", "fake:hang", "--profile", "ci-micro", "--out", tmp_path, "--budget", "8s")
     # The script hangs for an hour in the first launch; the worker gets a moment to end.
     assert time.monotonic() - started < 60
-    assert done.code == 3
-    assert "nothing can be decided yet" in done.err
-    assert ends(tmp_path)
+    # Whether something was measured before the call that hangs depends on the machine.
+    assert done.code in (0, 3)
+    assert [one.kind for one in ends(tmp_path) if isinstance(one, Stopped)] == ["budget"]
 
 
 def test_a_budget_in_which_nothing_can_be_decided_has_an_exit_code_of_its_own(kvat: Run, tmp_path: Path) -> None:
@@ -92,5 +92,5 @@ def test_a_duration_has_a_unit(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "nanh", "infs", "1d", "ten m"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--budget takes a duration with its unit, s, m or h, e.g. 10m; got "):
+    with pytest.raises(UsageError, match=r"--budget takes a duration with its unit, s, m or h, e\.g\. 10m; got "):
         duration_s("--budget", text)

@@ -16,15 +16,19 @@ from kvat_core.run import Run
 from kvat_core.schema import (
     Candidate,
     CandidateEntry,
+    Ceiling,
+    Ceilings,
     Cell,
     Failed,
     Failure,
+    Footprint,
     LaunchEnd,
     LaunchOrder,
     Limit,
     Limits,
     Loaded,
     Measured,
+    ModelShape,
     Objective,
     Profile,
     RequestTiming,
@@ -32,6 +36,7 @@ from kvat_core.schema import (
     Sample,
     Scenario,
 )
+from kvat_core.scoring import compared_peaks
 from kvat_core.search import Allowance, Grid, Race, Rationed, find_search
 
 SCENARIO = Scenario(prompt_tokens=8, output_tokens=2)
@@ -308,3 +313,46 @@ def test_remaining_ends_at_nothing(header: Any) -> None:
             assert search.remaining(run) >= 1
             world.carry_out(run, order)
         assert search.remaining(run) == 0
+
+
+def test_with_a_budget_what_could_be_fastest_is_screened_first(header: Any) -> None:
+    ceiling = Ceiling(best=1e9, median=1e9)
+    ceilings = Ceilings(
+        read_bytes_per_s=ceiling, copy_bytes_per_s=ceiling, gemm_flop_per_s={"a": ceiling}, launch_floor_s=ceiling
+    )
+    shape = ModelShape(
+        architecture="a", layers=1, attention=("full",), kv_heads=1, head_dim=8, attention_heads=1, hidden_size=8,
+        vocab_size=8, parameters=1000, step_parameters=900,
+    )  # fmt: skip
+    world = World(spread(40), per_load=2)
+    run = world.start(header, shape=shape, ceilings=ceilings)
+    # The later in the space, the fewer bytes has a weight, and so the higher is what bounds the speed.
+    for rank, entry in enumerate(list(run.candidates)):
+        footprint = Footprint(dtype="a", element_bytes=100 - rank, kv_element_bytes=1.0)
+        run.candidates[rank] = entry.model_copy(update={"footprints": {SCENARIO.key: footprint}})
+    allowance = Allowance(launches=10)
+    searched(world, run, Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance))
+    names = [entry.candidate.id for entry in run.candidates]
+    screened = [cell.candidate for order in run.launches if order.purpose == "screening" for cell in order.cells]
+    best = {names[-1], names[-2]}
+    assert run.incumbent in screened[:2]
+    assert best <= set(screened)
+    assert set(names[1:5]).isdisjoint(screened)
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_where_memory_counts_it_is_known_before_anybody_is_dropped(header: Any, size: int) -> None:
+    world = World(spread(size))
+    profile = PROFILE.model_copy(update={"objective": Objective(decode=0.5, memory=0.5)})
+    machine = header().machine.model_copy(update={"memory_bytes": 150})
+    run = world.start(header, profile=profile, machine=machine)
+    first = next(iter(world.paces))
+    resources = Resources(processes=("worker",), peak_host_bytes=100)
+    run.add(Measured(launch=0, cells=(Cell(candidate=first, scenario=SCENARIO.key),), resources=resources))
+    searched(world, run, Race(world.load_keys, 0))
+    stages = [order.purpose for order in run.launches]
+    raced = set(blocks_of(run, "timing"))
+    assert raced == set(blocks_of(run, "memory"))
+    last_peak = max(place for place, stage in enumerate(stages) if stage == "memory")
+    assert stages[last_peak + 1 :].count("timing") >= 2
+    assert len(compared_peaks(run)) == len(raced)

@@ -12,6 +12,9 @@ from kvat_core import scoring
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
 
+MEMORY = 10_000
+"""Round of all launches for memory, which belong to no block."""
+
 
 @dataclass(frozen=True)
 class Allowance:
@@ -91,3 +94,10 @@ def unmeasured_peaks(run: Run, finalists: Collection[str]) -> list[Cell]:
     largest = max(run.scenarios.values(), key=lambda scenario: scenario.total_tokens * scenario.batch_size).key
     cells = {run.original(Cell(candidate=name, scenario=largest)): None for name in wanted}
     return [cell for cell in cells if cell not in run.memory_tried]
+
+
+def memory_order(run: Run, cells: Sequence[Cell]) -> LaunchOrder | None:
+    """A process for the first of these cells alone; None if there is none."""
+    if not cells:
+        return None
+    return LaunchOrder(launch=len(run.launches), round=MEMORY, purpose="memory", cells=(cells[0],))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
-from kvat_core.search._base import Search, incumbent_first, unmeasured_peaks
+from kvat_core.search._base import Search, incumbent_first, memory_order, unmeasured_peaks
 
 
 class Grid(Search):
@@ -19,12 +19,7 @@ class Grid(Search):
             groups = self._groups(run, number)
             if groups:
                 return LaunchOrder(launch=len(run.launches), round=number, purpose="timing", cells=tuple(groups[0]))
-        cells = _peaks(run)
-        if not cells:
-            return None
-        return LaunchOrder(
-            launch=len(run.launches), round=run.header.profile.launches, purpose="memory", cells=(cells[0],)
-        )
+        return memory_order(run, _peaks(run))
 
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from kvat_core import limits, scoring, screening, stats
+from kvat_core import limits, roofline, scoring, screening, stats
 from kvat_core.costs import Costs, spent_launches, spent_s, wall_s
 from kvat_core.decision import decide
 from kvat_core.field import ALPHA, LEAST_FRESH, MIN_DIFFERENCE, Field
@@ -13,7 +13,7 @@ from kvat_core.pareto import Objectives, dominates
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder, Purpose
 from kvat_core.scoring import may_win
-from kvat_core.search._base import Search, incumbent_first, unmeasured_peaks
+from kvat_core.search._base import Allowance, Search, incumbent_first, memory_order, unmeasured_peaks
 
 SMALL_SPACE = 24
 """Candidates up to which screening saves nothing: each gets as many blocks as the profile says."""
@@ -43,7 +43,13 @@ class Race(Search):
 
     def next(self, run: Run) -> LaunchOrder | None:
         """See `Search.next`."""
-        return self._before_the_blocks(run) or self._race(run) or self._run_off(run) or self._peak(run)
+        return (
+            self._before_the_blocks(run)
+            or self._peak_that_counts(run)
+            or self._race(run)
+            or self._run_off(run)
+            or self._peak(run)
+        )
 
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
@@ -77,13 +83,23 @@ class Race(Search):
             return None
         if any(order.purpose == "timing" for order in run.launches):
             return None
-        groups = incumbent_first(self.outstanding(run, 0, run.live), run.incumbent)
+        groups = incumbent_first(self._promising_first(run), run.incumbent)
         if groups and (_seen_enough(run) or self._has_had_its_share(run)):
             groups = []
         pilot = self._pilot(run, len(groups))
         if pilot is not None or not groups:
             return pilot
         return self._order(run, 0, "screening", groups[0], SCREENING_SAMPLES)
+
+    def _promising_first(self, run: Run) -> list[list[Cell]]:
+        """What screening still lacks: in random order; where it may not come to an end, by what bounds each load."""
+        groups = self.outstanding(run, 0, run.live)
+        if self._allowance == Allowance():
+            return groups
+        header = run.header
+        ordered = roofline.order(run.candidates, header.shape, header.profile.scenarios, header.ceilings)
+        place = {entry.candidate.id: number for number, entry in enumerate(ordered)}
+        return sorted(groups, key=lambda cells: min(place[cell.candidate] for cell in cells))
 
     def _has_had_its_share(self, run: Run) -> bool:
         """Whether screening has taken all that leaves enough for the blocks, where the run may take only so much."""
@@ -165,16 +181,21 @@ class Race(Search):
         took_s = {purpose: wall_s(run, purpose) for purpose in ("run_off", "timing")}
         return took_s["run_off"] + more_s > SMALL_RUN_OFF_SHARE * took_s["timing"]
 
+    def _peak_that_counts(self, run: Run) -> LaunchOrder | None:
+        """Where memory is part of the score, or limited, the peaks of all that race, after their first block."""
+        if not scoring.memory_binds(run):
+            return None
+        first = _first_block(run)
+        if self.outstanding(run, first, self._racing(run, first)):
+            return None
+        return memory_order(run, unmeasured_peaks(run, ()))
+
     def _peaks(self, run: Run) -> list[Cell]:
         decision = decide(run)
         return [] if decision is None else unmeasured_peaks(run, {run.incumbent, decision.winner})
 
     def _peak(self, run: Run) -> LaunchOrder | None:
-        cells = self._peaks(run)
-        if not cells:
-            return None
-        number = 1 + max(order.round for order in run.launches)
-        return self._order(run, number, "memory", cells[:1])
+        return memory_order(run, self._peaks(run))
 
     def _order(
         self, run: Run, number: int, purpose: Purpose, cells: Sequence[Cell], samples: int | None = None

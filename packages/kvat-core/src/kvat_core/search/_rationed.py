@@ -8,7 +8,7 @@ from kvat_core.costs import Costs, spent_launches, spent_s
 from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
-from kvat_core.search._base import Allowance, Search, unmeasured_peaks
+from kvat_core.search._base import Allowance, Search, memory_order, unmeasured_peaks
 
 
 class Rationed:
@@ -33,10 +33,7 @@ class Rationed:
         peaks = [] if order.purpose == "memory" else self._peaks(run)
         if self._fit(run, [order.cells, *peaks]):
             return order
-        if not peaks or not self._fit(run, peaks[:1]):
-            return None
-        number = 1 + max(one.round for one in run.launches)
-        return LaunchOrder(launch=len(run.launches), round=number, purpose="memory", cells=tuple(peaks[0]))
+        return memory_order(run, peaks[0]) if peaks and self._fit(run, peaks[:1]) else None
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
