@@ -138,7 +138,7 @@ def test_the_right_candidate_wins(outcome: Outcome) -> None:
     for sound in ("none", "fast"):
         score = outcome.result(sound).score
         assert score is not None
-        assert score.n == outcome.plan.profile.launches
+        assert score.n >= outcome.plan.profile.launches
 
 
 @pytest.mark.parametrize("fault", KINDS)

@@ -54,12 +54,6 @@ def spent_launches(run: Run) -> int:
     return sum(order.launch >= run.resumed_at for order in run.launches)
 
 
-def wall_s(run: Run, purpose: str) -> float:
-    """Wall time of all ended launches for a purpose."""
-    wanted = {order.launch for order in run.launches if order.purpose == purpose}
-    return sum(end.wall_s for end in run.ended if end.launch in wanted)
-
-
 _Key = TypeVar("_Key", str, Cell)
 
 

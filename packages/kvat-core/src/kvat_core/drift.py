@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 from kvat_core import scoring
 from kvat_core.run import Run
@@ -23,19 +22,16 @@ def drift(run: Run) -> Drift | None:
     if today not in run.live:
         return None
     seen = [*scoring.screened(run, [today]).values(), *scoring.utilities(run, [today]).values()]
-    points = [(one.launch[number], one.score[number]) for one in seen for number in one.score]
-    if len(points) < LEAST_LAUNCHES:
+    launches = sorted((one.launch[number], one.score[number]) for one in seen for number in one.score)
+    if len(launches) < LEAST_LAUNCHES:
         return None
     from scipy.stats import theilslopes  # takes half a second to import, and only a plan asks
 
-    ended = [end.launch for end in run.ended]
-    clock_s = dict(zip(ended, accumulate(end.wall_s for end in run.ended), strict=True))
-    times_s = [clock_s.get(launch, 0.0) for launch, _ in points]
-    found = theilslopes([score for _, score in points], times_s, alpha=0.95)
-    span_s = max(times_s) - min(times_s)
+    found = theilslopes([score for _, score in launches], alpha=0.95)
+    steps = len(launches) - 1
     return Drift(
-        value=math.exp(found.slope * span_s),
-        low=math.exp(found.low_slope * span_s),
-        high=math.exp(found.high_slope * span_s),
-        launches=len(points),
+        value=math.exp(found.slope * steps),
+        low=math.exp(found.low_slope * steps),
+        high=math.exp(found.high_slope * steps),
+        launches=len(launches),
     )

@@ -25,6 +25,7 @@ from kvat_core.schema import (
     Measured,
     Profile,
     Proof,
+    Purpose,
     Resources,
     Resumed,
     Sample,
@@ -205,6 +206,11 @@ class Run:
     def cells(self, candidate_id: str) -> tuple[Cell, ...]:
         """A candidate in every scenario."""
         return self._cells[candidate_id]
+
+    def ended_launches(self, purpose: Purpose) -> list[LaunchOrder]:
+        """Launches for a purpose that are over; one that was interrupted is not, and was ordered again."""
+        ended = {end.launch for end in self.ended}
+        return [order for order in self.launches if order.purpose == purpose and order.launch in ended]
 
     @cached_property
     def live(self) -> tuple[str, ...]:

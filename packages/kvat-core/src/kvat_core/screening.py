@@ -32,10 +32,13 @@ def standing(run: Run, names: Iterable[str]) -> dict[str, float]:
     """
     today = run.incumbent
     seen = scoring.screened(run, [*names, today])
-    controls = sorted((seen[today].launch[number], score) for number, score in seen[today].score.items())
+    # By the order of the launches that count: one that was interrupted takes no part.
+    ordered = sorted({launch for one in seen.values() for launch in one.launch.values()})
+    place = {launch: rank for rank, launch in enumerate(ordered)}
+    controls = sorted((place[seen[today].launch[number]], score) for number, score in seen[today].score.items())
     level, slope = _line(controls) if controls else (0.0, 0.0)
     return {
-        name: one.score[number] - level - slope * one.launch[number]
+        name: one.score[number] - level - slope * place[one.launch[number]]
         for name, one in seen.items()
         for number in list(one.score)[:1]
     }

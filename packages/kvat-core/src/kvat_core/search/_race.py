@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from kvat_core import limits, roofline, scoring, screening, stats
-from kvat_core.costs import Costs, spent_launches, spent_s, wall_s
+from kvat_core.costs import spent_launches, spent_s
 from kvat_core.decision import decide
 from kvat_core.field import ALPHA, LEAST_FRESH, MIN_DIFFERENCE, Field
 from kvat_core.pareto import Objectives, dominates
@@ -33,7 +33,9 @@ NOISY = 0.02
 SCREENING_ALLOWANCE = 0.5
 """Share of what the run may take that screening takes at most."""
 SMALL_RUN_OFF_SHARE = 0.6
-"""Of the time that the blocks of a small space took, what its run-off may take at most."""
+"""Of what the blocks of a small space cost, what its run-off may cost at most."""
+LOAD_IN_CELLS = 2
+"""Cells that take as long as loading the model, roughly."""
 
 
 class Race(Search):
@@ -54,7 +56,7 @@ class Race(Search):
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
         if self._before_the_blocks(run) is not None:
-            pilots = PILOTS - sum(order.purpose == "pilot" for order in run.launches)
+            pilots = PILOTS - len(run.ended_launches("pilot"))
             blocks = LEAST_BLOCKS * (1 + _racers(run)) + RUN_OFF_BLOCKS * FINALISTS
             return pilots + len(self.outstanding(run, 0, run.live)) + blocks + 2
         if self._race(run) is not None:
@@ -67,13 +69,13 @@ class Race(Search):
 
     def _run_off_left(self, run: Run, timing: int) -> int:
         """Launches of the run-off still to come, roughly, with so many of the race before it."""
-        done = [order.purpose for order in run.launches]
         if run.header.profile.launches < LEAST_BLOCKS:
             return 0
         expected = RUN_OFF_BLOCKS * FINALISTS
         if not _first_block(run):
-            expected = min(expected, math.ceil(SMALL_RUN_OFF_SHARE * (done.count("timing") + timing)))
-        return max(0, expected - done.count("run_off"))
+            blocks = len(run.ended_launches("timing")) + timing
+            expected = min(expected, math.ceil(SMALL_RUN_OFF_SHARE * blocks))
+        return max(0, expected - len(run.ended_launches("run_off")))
 
     # Screening
 
@@ -112,7 +114,7 @@ class Race(Search):
         """The next launch of the incumbent alone, when so much of screening is done."""
         if run.incumbent not in run.live:
             return None
-        done = sum(order.purpose == "screening" for order in run.launches)
+        done = len(run.ended_launches("screening"))
         for number in range(1, PILOTS + 1):
             if done * PILOTS < number * (done + left):
                 return None
@@ -174,12 +176,14 @@ class Race(Search):
         return None
 
     def _too_dear(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
-        """Whether two more blocks are out of proportion to a small space."""
+        """Whether two more blocks are out of proportion to a small space; by counts, as no time is the same twice."""
         if _first_block(run):
             return False
-        more_s = 2 * Costs(run, self._load_keys).seconds(groups)
-        took_s = {purpose: wall_s(run, purpose) for purpose in ("run_off", "timing")}
-        return took_s["run_off"] + more_s > SMALL_RUN_OFF_SHARE * took_s["timing"]
+        blocks, run_off = (
+            _cost([order.cells for order in launches])
+            for launches in (run.ended_launches("timing"), run.ended_launches("run_off"))
+        )
+        return run_off + 2 * _cost(groups) > SMALL_RUN_OFF_SHARE * blocks
 
     def _peak_that_counts(self, run: Run) -> LaunchOrder | None:
         """Where memory is part of the score, or limited, the peaks of all that race, after their first block."""
@@ -201,6 +205,11 @@ class Race(Search):
         self, run: Run, number: int, purpose: Purpose, cells: Sequence[Cell], samples: int | None = None
     ) -> LaunchOrder:
         return LaunchOrder(launch=len(run.launches), round=number, purpose=purpose, cells=tuple(cells), samples=samples)
+
+
+def _cost(groups: Sequence[Sequence[Cell]]) -> int:
+    """Of launches of these cells, roughly: in cells."""
+    return sum(LOAD_IN_CELLS + len(cells) for cells in groups)
 
 
 def _feasible(run: Run) -> int:
