@@ -33,7 +33,7 @@ NOISY = 0.02
 SCREENING_ALLOWANCE = 0.5
 """Share of what the run may take that screening takes at most."""
 SMALL_RUN_OFF_SHARE = 0.6
-"""Of what the blocks of a small space cost, what its run-off may cost at most."""
+"""Of what the blocks of a small space cost, what its run-off may cost; twice that where the verdict hangs on it."""
 LOAD_IN_CELLS = 2
 """Cells that take as long as loading the model, roughly."""
 
@@ -88,7 +88,7 @@ class Race(Search):
         groups = incumbent_first(self._promising_first(run), run.incumbent)
         if groups and (_seen_enough(run) or self._has_had_its_share(run)):
             groups = []
-        pilot = self._pilot(run, len(groups))
+        pilot = self._pilot(run, sum(map(len, groups)))
         if pilot is not None or not groups:
             return pilot
         return self._order(run, 0, "screening", groups[0], SCREENING_SAMPLES)
@@ -111,12 +111,12 @@ class Race(Search):
         return by_launches or by_time
 
     def _pilot(self, run: Run, left: int) -> LaunchOrder | None:
-        """The next launch of the incumbent alone, when so much of screening is done."""
+        """The next launch of the incumbent alone, when so much of screening is done and so many cells are left."""
         if run.incumbent not in run.live:
             return None
-        done = len(run.ended_launches("screening"))
+        every = len(run.scenarios) * _feasible(run)
         for number in range(1, PILOTS + 1):
-            if done * PILOTS < number * (done + left):
+            if left and (every - left) * PILOTS < number * every:
                 return None
             cells = self.outstanding(run, number, [run.incumbent])
             if cells:
@@ -165,25 +165,38 @@ class Race(Search):
         least = 0 if chosen.leader == run.incumbent else LEAST_FRESH
         for block in range(blocks):
             number = last + 1 + block
-            if block >= least and block % 2 == 0 and _decided(Field(run, until=number - 1)):
+            so_far = Field(run, until=number - 1) if block % 2 == 0 else None
+            if so_far and block >= least and _decided(so_far):
                 return None
             groups = self.outstanding(run, number, finalists)
-            if groups and block % 2 == 0 and self._too_dear(run, groups):
+            if groups and so_far and self._too_dear(run, groups, so_far):
                 return None
             if groups:
                 mirrored = sorted(groups, key=lambda cells: _rank(cells, finalists), reverse=block % 2 == 1)
                 return self._order(run, number, "run_off", mirrored[0])
         return None
 
-    def _too_dear(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
-        """Whether two more blocks are out of proportion to a small space; by counts, as no time is the same twice."""
+    def _too_dear(self, run: Run, groups: Sequence[Sequence[Cell]], field: Field) -> bool:
+        """Whether two more blocks are out of proportion to a small space.
+
+        By counts, as no time is the same twice, and of what blocks need, however often a launch had to be repeated.
+        """
         if _first_block(run):
             return False
-        blocks, run_off = (
-            _cost([order.cells for order in launches])
-            for launches in (run.ended_launches("timing"), run.ended_launches("run_off"))
-        )
-        return run_off + 2 * _cost(groups) > SMALL_RUN_OFF_SHARE * blocks
+        more = 2 * self._cost({cell for cells in groups for cell in cells})
+        share = (2 if _unconfirmed(field) else 1) * SMALL_RUN_OFF_SHARE
+        return self._spent(run, "run_off") + more > share * self._spent(run, "timing")
+
+    def _spent(self, run: Run, purpose: Purpose) -> int:
+        blocks: dict[int, set[Cell]] = {}
+        for order in run.launches:
+            if order.purpose == purpose:
+                blocks.setdefault(order.round, set()).update(order.cells)
+        return sum(map(self._cost, blocks.values()))
+
+    def _cost(self, cells: Collection[Cell]) -> int:
+        """Of a block of these cells, roughly, in cells."""
+        return LOAD_IN_CELLS * len({self._load_keys[cell] for cell in cells}) + len(cells)
 
     def _peak_that_counts(self, run: Run) -> LaunchOrder | None:
         """Where memory is part of the score, or limited, the peaks of all that race, after their first block."""
@@ -205,11 +218,6 @@ class Race(Search):
         self, run: Run, number: int, purpose: Purpose, cells: Sequence[Cell], samples: int | None = None
     ) -> LaunchOrder:
         return LaunchOrder(launch=len(run.launches), round=number, purpose=purpose, cells=tuple(cells), samples=samples)
-
-
-def _cost(groups: Sequence[Sequence[Cell]]) -> int:
-    """Of launches of these cells, roughly: in cells."""
-    return sum(LOAD_IN_CELLS + len(cells) for cells in groups)
 
 
 def _feasible(run: Run) -> int:
@@ -294,6 +302,14 @@ def _decided(field: Field) -> bool:
     if field.shown_better(field.leader, today):
         return True
     return field.claimed(field.leader, today).probability_above(math.log1p(field.epsilon)) <= ALPHA
+
+
+def _unconfirmed(field: Field) -> bool:
+    """Whether the leader seems better than what runs today by more than ε, and is not shown to be."""
+    today = field.run.incumbent
+    if today not in field.utilities or field.shown_better(field.leader, today):
+        return False
+    return field.claimed(field.leader, today).mean >= math.log1p(field.epsilon)
 
 
 def _finalists(field: Field) -> list[str]:
