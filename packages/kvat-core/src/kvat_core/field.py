@@ -118,8 +118,10 @@ class Field:
         return {}
 
     def _share_launches(self, over: str, under: str) -> bool:
+        """Whether two were in one launch in at least half of their blocks; where a run is resumed, it may be cut."""
         one, other = self.utilities[over].launch, self.utilities[under].launch
-        return all(one[number] == other[number] for number in one.keys() & other.keys())
+        common = one.keys() & other.keys()
+        return 2 * sum(one[number] == other[number] for number in common) >= len(common)
 
     @cached_property
     def noise_floor(self) -> float:
