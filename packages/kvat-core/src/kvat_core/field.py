@@ -40,7 +40,7 @@ class Field:
         every = scoring.utilities(run, measured)
         self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
         self.eligible = limits.preferred(
-            run, [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+            run, [name for name in self.utilities if scoring.unfit_reason(run, name) is None]
         )
 
     @cached_property
