@@ -22,11 +22,10 @@ from typing import Any
 
 from _record import Bound, Record, at_least_one, option_parser
 
-from kvat_core import Scenario
+from kvat_core import Scenario, stats
 from kvat_core.machine import read_machine
 from kvat_core.prompts import resolve
 from kvat_core.schema import ModelRef, PromptSource, Ratio, Recipe, Target
-from kvat_core.stats import ratio
 from kvat_engine_transformers import TransformersEngine
 
 SCENARIO = Scenario(prompt_tokens=128, output_tokens=64)
@@ -81,7 +80,7 @@ def main() -> int:
 
 def compare(blocks: list[Calls], kind: str) -> Ratio:
     """Time of the instrumented calls over that of another kind."""
-    return ratio([math.log(total_s(block, "instrumented") / total_s(block, kind)) for block in blocks])
+    return stats.compare([math.log(total_s(block, "instrumented") / total_s(block, kind)) for block in blocks]).ratio()
 
 
 def total_s(block: Calls, kind: str) -> float:

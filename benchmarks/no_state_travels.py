@@ -39,8 +39,8 @@ from _record import NOT_MEASURED, Bound, Record, at_least_one, option_parser
 from scipy.special import stdtrit
 
 from kvat_core import Scenario, prompts
-from kvat_core.decision import MIN_DIFFERENCE
 from kvat_core.engine import EngineError
+from kvat_core.field import MIN_DIFFERENCE
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.preparation import Preparation, TuneRequest, prepare

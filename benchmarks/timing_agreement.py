@@ -28,10 +28,9 @@ from typing import Any
 
 from _record import Bound, Record, at_least_one, option_parser
 
-from kvat_core import Scenario
+from kvat_core import Scenario, stats
 from kvat_core.machine import read_machine
 from kvat_core.schema import ModelRef, Ratio, Recipe, Target
-from kvat_core.stats import ratio
 from kvat_engine_transformers import TransformersEngine, builtin_path
 
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=64)
@@ -107,7 +106,8 @@ def call(kind: str, tool: Tool, stopwatch: Stopwatch, prompt: Any, cache: str) -
 
 def compare(blocks: list[Block], metric: str) -> Ratio:
     """What kvat reports over what the stopwatch shows: the time to the first token, or the decode rate."""
-    return ratio([math.log((ttft_ratio if metric == "ttft" else decode_ratio)(block)) for block in blocks])
+    ratio_of = ttft_ratio if metric == "ttft" else decode_ratio
+    return stats.compare([math.log(ratio_of(block)) for block in blocks]).ratio()
 
 
 def ttft_ratio(block: Block) -> float:

@@ -42,7 +42,7 @@ class Field:
         every = scoring.utilities(run, measured)
         self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
         self.eligible = limits.preferred(
-            run, [name for name in self.utilities if scoring.ineligible_reason(run, name) is None]
+            run, [name for name in self.utilities if scoring.unfit_reason(run, name) is None]
         )
 
     @cached_property
@@ -120,8 +120,10 @@ class Field:
         return {}
 
     def _share_launches(self, over: str, under: str) -> bool:
+        """Whether two were in one launch in at least half of their blocks; where a run is resumed, it may be cut."""
         one, other = self.utilities[over].launch, self.utilities[under].launch
-        return all(one[number] == other[number] for number in one.keys() & other.keys())
+        common = one.keys() & other.keys()
+        return 2 * sum(one[number] == other[number] for number in common) >= len(common)
 
     @cached_property
     def noise_floor(self) -> float:

@@ -17,6 +17,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 
 from scipy.special import bdtr, bdtrc
@@ -97,9 +98,10 @@ def apparent_miss(run: Run, candidate_id: str) -> float:
 
 
 def preferred(run: Run, candidate_ids: Iterable[str]) -> list[str]:
-    """Of candidates that fail no limit, those that keep all for sure; all of them where none does."""
-    names = list(candidate_ids)
-    return [name for name in names if all(one.verdict == "pass" for one in results(run, name))] or names
+    """Those of some candidates that keep all limits for sure; where none does, those that fail none."""
+    verdicts = {name: {one.verdict for one in results(run, name)} for name in candidate_ids}
+    sure = [name for name, kinds in verdicts.items() if kinds <= {"pass"}]
+    return sure or [name for name, kinds in verdicts.items() if "fail" not in kinds]
 
 
 def undecided(found: Sequence[LimitResult]) -> str | None:
@@ -144,6 +146,7 @@ def binomial_verdict(calls: int, violations: int, percentile: float) -> Kept:
     return "undecided"
 
 
+@cache
 def calls_needed(violations: int, percentile: float, confidence: float) -> int:
     """The smallest number of calls in which so many violations still pass."""
     may_violate = 1 - percentile / 100

@@ -300,9 +300,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         state=state,
         reason=_reason(run, candidate.id, original, decision.winner) if failed is None else None,
         failure=failed.failure if failed else None,
-        aliases=tuple(
-            other.candidate.id for other in run.candidates if run.alias_of(other.candidate.id) == candidate.id
-        ),
+        aliases=tuple(run.aliases.get(candidate.id, ())),
         fidelity={"lossy": candidate.lossy},
         rejected_share=run.rejected_share(candidate.id),
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,

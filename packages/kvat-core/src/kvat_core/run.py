@@ -41,7 +41,7 @@ MEMORY_TRIALS = 2
 """Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
-_OF_CANDIDATES = ("live", "failures", "forgiven", "timing_failures", "_twins")
+_OF_CANDIDATES = ("live", "failures", "forgiven", "timing_failures", "aliases", "_twins")
 """What is worked out once from candidates, proofs and failures, and anew after the next of those."""
 _OF_LAUNCHES = ("memory_launches", "memory_tried", "own_memory")
 """What is worked out once from all records but the samples, and anew after the next of those."""
@@ -335,6 +335,16 @@ class Run:
         """The other candidate that stands for this one in every scenario, if there is one."""
         originals = {self.original(cell).candidate for cell in self.cells(candidate_id)}
         return originals.pop() if len(originals) == 1 and candidate_id not in originals else None
+
+    @cached_property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """Candidates that stand for others in every scenario, each with those."""
+        found: dict[str, list[str]] = {}
+        for entry in self.candidates:
+            original = self.alias_of(entry.candidate.id)
+            if original is not None:
+                found.setdefault(original, []).append(entry.candidate.id)
+        return found
 
     def samples_of(self, cell: Cell) -> dict[int, list[Sample]]:
         """Timed calls that count for a cell, under whichever of its aliases they were taken, by round.
