@@ -49,7 +49,7 @@ class Race(Search):
         if self._before_the_blocks(run) is not None:
             pilots = PILOTS - sum(order.purpose == "pilot" for order in run.launches)
             blocks = LEAST_BLOCKS * (1 + _racers(run)) + RUN_OFF_BLOCKS * FINALISTS
-            return pilots + len(self.outstanding(run, 0, run.live)) + blocks + 2
+            return pilots + self._screenings_left(run) + blocks + 2
         if self._race(run) is not None:
             rounds = list(_race_rounds(run))[: LEAST_BLOCKS if _first_block(run) else None]
             timing = sum(len(self.outstanding(run, number, self._racing(run, number))) for number in rounds)
@@ -76,13 +76,20 @@ class Race(Search):
             return None
         if any(order.purpose == "timing" for order in run.launches):
             return None
-        groups = incumbent_first(self.outstanding(run, 0, run.live), run.incumbent)
-        if groups and (_seen_enough(run) or self._has_had_its_share(run)):
-            groups = []
-        pilot = self._pilot(run, len(groups))
-        if pilot is not None or not groups:
+        cells = self._next_screened(run)
+        pilot = self._pilot(run, self._screenings_left(run) if cells else 0)
+        if pilot is not None or not cells:
             return pilot
-        return self._order(run, 0, "screening", groups[0], SCREENING_SAMPLES)
+        return self._order(run, 0, "screening", cells, SCREENING_SAMPLES)
+
+    def _next_screened(self, run: Run) -> Sequence[Cell]:
+        """Cells of the next launch of screening; none when it is over."""
+        groups = incumbent_first(self.outstanding(run, 0, run.live), run.incumbent)
+        return [] if not groups or _seen_enough(run) or self._has_had_its_share(run) else groups[0]
+
+    def _screenings_left(self, run: Run) -> int:
+        """Launches of screening still to come, if it goes on to its end."""
+        return len(self.outstanding(run, 0, run.live))
 
     def _has_had_its_share(self, run: Run) -> bool:
         """Whether screening has taken all that leaves enough for the blocks, where the run may take only so much."""
