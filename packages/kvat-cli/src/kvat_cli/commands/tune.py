@@ -52,7 +52,11 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
     search: Annotated[
-        str, typer.Option(metavar="NAME", help="Who decides what is measured next: race, or grid for everything alike.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Who decides what is measured next: race, grid (everything alike), optuna (large spaces).",
+        ),
     ] = "race",
     budget: Annotated[
         str | None,

@@ -12,6 +12,7 @@ from kvat_core import screening
 from kvat_core.run import Run
 from kvat_core.schema import Cell
 from kvat_core.scoring import may_win
+from kvat_core.search._base import incumbent_first
 from kvat_core.search._race import Race
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Optuna(Race):
         most = min(PER_LAUNCH, self._may_propose(run))
         while len(chosen) < most and (more := sampler.draw(group - {*chosen}, sharing=group)) is not None:
             chosen.append(more)
-        return _of(group_of[first], chosen)
+        return incumbent_first([_of(group_of[first], chosen)], run.incumbent)[0]
 
 
 class _Sampler:
