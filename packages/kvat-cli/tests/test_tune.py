@@ -256,3 +256,15 @@ def _read_all(leader: int) -> str:
 def _records(out: Path, kind: str) -> list[Any]:
     lines = (out / "journal.jsonl").read_text(encoding="utf-8").splitlines()
     return [record["payload"] for record in map(json.loads, lines) if record["type"] == kind]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_search_whose_package_is_missing_names_it(
+    kvat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    outcome = kvat(*FAKE, "--search", "optuna", *more, "--out", tmp_path / "run")
+
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert 'pip install "kvat-core[optuna]"' in outcome.err
+    assert not (tmp_path / "run").exists()

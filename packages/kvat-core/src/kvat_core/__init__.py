@@ -23,11 +23,13 @@ from kvat_core.schema import (
 )
 
 if TYPE_CHECKING:
+    from kvat_core.preview import DryRun, dry_run
     from kvat_core.replan import decide_again
     from kvat_core.snippets import snippet
     from kvat_core.tuner import Progress, TuneRequest, TuneResult, tune
 
 __all__ = [
+    "DryRun",
     "KvatError",
     "Limit",
     "Limits",
@@ -41,6 +43,7 @@ __all__ = [
     "TuneRequest",
     "TuneResult",
     "decide_again",
+    "dry_run",
     "load_profile",
     "presets",
     "read_plan",
@@ -49,10 +52,12 @@ __all__ = [
 ]
 
 _LAZY = {
+    "DryRun": "kvat_core.preview",
     "Progress": "kvat_core.tuner",
     "TuneRequest": "kvat_core.tuner",
     "TuneResult": "kvat_core.tuner",
     "decide_again": "kvat_core.replan",
+    "dry_run": "kvat_core.preview",
     "snippet": "kvat_core.snippets",
     "tune": "kvat_core.tuner",
 }

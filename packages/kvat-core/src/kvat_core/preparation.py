@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +58,7 @@ from kvat_core.search import find_search
 
 DEFAULT_PROFILE = "ci-micro"
 DEFAULT_PROFILE_NOTE = (
-    f"no profile was named, so {DEFAULT_PROFILE} was measured, a quick smoke test: name the --profile of your traffic "
+    f"no profile was named, so {DEFAULT_PROFILE} is measured, a quick smoke test: name the --profile of your traffic "
     "before you rely on the result"
 )
 NO_KEY_NOTE = (
@@ -129,32 +129,80 @@ class Preparation:
     device_uuid: str | None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose names have been looked up, the model's and the machine's apart."""
+
+    engine: Engine
+    model: ModelRef
+    profile: Profile
+    source: PromptSource
+    out: Path
+
+
 def prepare(
     request: TuneRequest, open_worker: OpenWorker, deadlines: Deadlines, announce: Callable[[str], None]
 ) -> Preparation:
-    """Look at machine and model in one short-lived child, and make the candidates. Writes no result.
+    """Look at machine and model in short-lived children, and make the candidates. Writes no result.
 
     Raises:
         UsageError: unusable input or environment, or another process writes into the directory.
         CannotWrite: the directory holds the lock of a dead run, which cannot be taken over.
         Interrupted: the user ended it.
     """
+    asked = _look_up(request)
+    lock.refuse_if_held(asked.out / outputs.LOCK)
+    outputs.check_out(asked.out, force=request.force, resume=request.resume)
+    seen = _look(request, asked, open_worker, deadlines, announce)
+    header = _with_ceilings(seen.header, seen.entries, open_worker, deadlines, announce)
+    if asked.source.kind != "preset":
+        known_by = private.keyed_digest(asked.source.value or "")
+        unknown = () if known_by else (NO_KEY_NOTE,)
+        header = header.model_copy(update={"prompt_digest": known_by, "notes": (*header.notes, *unknown)})
+    header = header.model_copy(update={"request": resume.request_digest(header, seen.entries)})
+    return _predicted(replace(seen, header=header))
+
+
+def foresee(
+    request: TuneRequest, open_worker: OpenWorker, deadlines: Deadlines, announce: Callable[[str], None]
+) -> Preparation:
+    """The same, as far as it is known without measuring, keeping or locking anything: ceilings are those of before.
+
+    Raises:
+        UsageError: unusable input or environment; the directory for the results is not looked at.
+        Interrupted: the user ended it.
+    """
+    seen = _look(request, _look_up(request), open_worker, deadlines, announce)
+    known = _ceilings(seen.header, seen.entries, lambda: None)
+    return _predicted(replace(seen, header=seen.header.model_copy(update={"ceilings": known})))
+
+
+def _look_up(request: TuneRequest) -> _Asked:
     find_search(request.search)
     engine = discovery.pick_engine(request.engine, request.model)
     model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)
-    source = prompts.resolve(profile.prompt)
     out = Path(request.out or _default_out(engine, model.id, profile.name))
-    lock.refuse_if_held(out / outputs.LOCK)
-    outputs.check_out(out, force=request.force, resume=request.resume)
+    return _Asked(engine, model, profile, prompts.resolve(profile.prompt), out)
+
+
+def _look(
+    request: TuneRequest,
+    asked: _Asked,
+    open_worker: OpenWorker,
+    deadlines: Deadlines,
+    announce: Callable[[str], None],
+) -> Preparation:
+    """What one short-lived child says of machine and model, and the candidates that follow from it."""
+    engine, model = asked.engine, asked.model
     fetching = ", and fetching what is missing" if request.allow_download else ""
     announce(f"looking at the machine and the model{fetching}")
     probing = time.perf_counter()
     probe, shape = _ask_child(engine, model, request.device, open_worker, deadlines)
     probe_s = time.perf_counter() - probing
     fitted, notes = profiles.fit(
-        profile,
-        preset=profile in profiles.presets().values(),
+        asked.profile,
+        preset=asked.profile in profiles.presets().values(),
         contexts=request.contexts,
         batches=request.batches,
         max_context_tokens=shape.max_context_tokens,
@@ -171,14 +219,11 @@ def prepare(
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     entries = [_with_footprints(entry, engine, header) for entry in entries]
-    header = _with_ceilings(header, entries, open_worker, deadlines, announce)
-    entries = [_with_prediction(entry, header) for entry in entries]
-    if source.kind != "preset":
-        known_by = private.keyed_digest(source.value or "")
-        unknown = () if known_by else (NO_KEY_NOTE,)
-        header = header.model_copy(update={"prompt_digest": known_by, "notes": (*header.notes, *unknown)})
-    header = header.model_copy(update={"request": resume.request_digest(header, entries)})
-    return Preparation(out, header, tuple(entries), recipes, source, probe.device_uuid)
+    return Preparation(asked.out, header, tuple(entries), recipes, asked.source, probe.device_uuid)
+
+
+def _predicted(seen: Preparation) -> Preparation:
+    return replace(seen, entries=tuple(_with_prediction(entry, seen.header) for entry in seen.entries))
 
 
 def utc_now() -> str:
@@ -206,9 +251,9 @@ def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[st
         yield DEFAULT_PROFILE_NOTE
     cores = usable_cores()
     if request.threads is None and probe.device == "cpu" and probe.threads is not None and probe.threads != cores:
-        yield f"measured with {probe.threads} of {cores} cores: if you serve with another number, say so with --threads"
+        yield f"measuring with {probe.threads} of {cores} cores: if you serve with others, say so with --threads"
     if shape.weights == "checkpoint" and not shape.has_tokenizer:
-        yield "the model has no tokenizer that can be loaded: its prompts were random tokens"
+        yield "the model has no tokenizer that can be loaded: its prompts are random tokens"
 
 
 def _public_id(engine: Engine, model_id: str, *, local: bool) -> str:
@@ -312,22 +357,29 @@ def _with_ceilings(
     announce: Callable[[str], None],
 ) -> Header:
     """What the machine can do at most, where the footprints of candidates can be held against it."""
-    dtypes = sorted({footprint.dtype for entry in entries for footprint in entry.footprints.values()})
-    if not dtypes:
-        return header
 
     def measure() -> Ceilings | None:
         announce("measuring what this machine can do at most, once")
-        return _ask_ceilings(header, dtypes, open_worker, limits)
+        return _ask_ceilings(header, _dtypes(entries), open_worker, limits)
 
     try:
-        found = ceilings.kept(header.machine, header.engine, header.versions, dtypes, measure)
+        found = _ceilings(header, entries, measure)
     except WorkerFailed as failed:
         note = f"what this machine can do at most is not known ({failed.failure.kind}, {failed.failure.reason})"
         return header.model_copy(update={"notes": (*header.notes, note)})
     except Interrupted as stopped:
         raise type(stopped)(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
     return header.model_copy(update={"ceilings": found})
+
+
+def _ceilings(header: Header, entries: Sequence[CandidateEntry], measure: ceilings.Measure) -> Ceilings | None:
+    """Those that are kept, or measured now; None where no footprint can be held against any."""
+    dtypes = _dtypes(entries)
+    return ceilings.kept(header.machine, header.engine, header.versions, dtypes, measure) if dtypes else None
+
+
+def _dtypes(entries: Sequence[CandidateEntry]) -> list[str]:
+    return sorted({footprint.dtype for entry in entries for footprint in entry.footprints.values()})
 
 
 def _ask_ceilings(header: Header, dtypes: Sequence[str], open_worker: OpenWorker, limits: Deadlines) -> Ceilings | None:

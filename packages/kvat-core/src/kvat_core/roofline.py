@@ -144,6 +144,11 @@ def bounds(work: Work, footprint: Footprint, ceilings: Ceilings, batch_size: int
     )
 
 
+def holds(work: Work, footprint: Footprint, ceilings: Ceilings) -> bool:
+    """Whether the bounds bound: ceilings are those of its threads, and its bytes more than what caches serve."""
+    return footprint.threads == ceilings.threads and work.step_read_bytes >= _CACHES * (ceilings.cache_bytes or 0)
+
+
 def bandwidth_use(
     work: Work, footprint: Footprint, ceilings: Ceilings, batch_size: int, decode_tps: float
 ) -> float | None:
@@ -151,8 +156,7 @@ def bandwidth_use(
 
     None where the ceiling is not that of these threads, or where the bytes are so few that caches serve them.
     """
-    served_by_caches = work.step_read_bytes < _CACHES * (ceilings.cache_bytes or 0)
-    if footprint.threads != ceilings.threads or served_by_caches:
+    if not holds(work, footprint, ceilings):
         return None
     return work.step_read_bytes * decode_tps / batch_size / ceilings.read_bytes_per_s.best
 

@@ -52,7 +52,11 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
     search: Annotated[
-        str, typer.Option(metavar="NAME", help="Who decides what is measured next: race, or grid for everything alike.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Who decides what is measured next: race, grid (everything alike), optuna (large spaces).",
+        ),
     ] = "race",
     budget: Annotated[
         str | None,
@@ -66,6 +70,9 @@ def tune(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Move an earlier run in DIR aside.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR; all else as it was.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be tried and what is known of it; measure nothing.")
+    ] = False,
     deadline: Annotated[
         Pairs, typer.Option(metavar="PHASE=S", help="Seconds before a phase counts as hung; repeatable.")
     ] = None,
@@ -79,9 +86,10 @@ def tune(
     from kvat_cli.display import open_display
     from kvat_cli.limits import limits
     from kvat_cli.options import deadlines, duration_s, pairs, settings, whole_numbers
+    from kvat_cli.preview import print_dry_run
     from kvat_cli.streams import suppress_lost_terminal
     from kvat_cli.summary import print_summary, print_warnings
-    from kvat_core import tuner
+    from kvat_core import preview, tuner
     from kvat_core.errors import UsageError
     from kvat_core.measure.interrupt import stop_on_signals
 
@@ -120,6 +128,14 @@ def tune(
         resume=resume,
     )
     allowed = deadlines("--deadline", deadline)
+    if dry_run:
+        with stop_on_signals() as stop:
+            found = preview.dry_run(request, stop=stop, deadlines=allowed)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        elif not quiet:
+            print_dry_run(found)
+        return
     with stop_on_signals() as stop, open_display(silent=quiet or as_json) as on_progress:
         result = tuner.tune(request, on_progress, stop=stop, deadlines=allowed)
     ended = result.stopped or result.unwritten

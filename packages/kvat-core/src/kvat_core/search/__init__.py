@@ -3,7 +3,8 @@
 from kvat_core.search._base import Allowance, Search
 from kvat_core.search._find import find_search
 from kvat_core.search._grid import Grid
+from kvat_core.search._optuna import Optuna
 from kvat_core.search._race import Race
 from kvat_core.search._rationed import Rationed
 
-__all__ = ["Allowance", "Grid", "Race", "Rationed", "Search", "find_search"]
+__all__ = ["Allowance", "Grid", "Optuna", "Race", "Rationed", "Search", "find_search"]

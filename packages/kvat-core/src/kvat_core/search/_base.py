@@ -48,6 +48,11 @@ class Search(ABC):
         self._seed = seed
         self._allowance = allowance
 
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why it cannot be used here and what to do, such as to install what it needs; None = it can."""
+        return None
+
     @abstractmethod
     def next(self, run: Run) -> LaunchOrder | None:
         """The next launch, or None when enough is known."""

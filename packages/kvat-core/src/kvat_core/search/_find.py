@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvat_core.discovery import Unusable, check_name, load_named
+from kvat_core.errors import UsageError
 from kvat_core.search._base import Search
 
 SEARCHES = "kvat.searches"
@@ -15,9 +16,12 @@ def find_search(name: str) -> type[Search]:
     """The search strategy of that name.
 
     Raises:
-        UsageError: not installed, broken, or registered twice.
+        UsageError: not installed, broken, registered twice, or unavailable here.
     """
-    return load_named(SEARCHES, "search", name, _checked)
+    found = load_named(SEARCHES, "search", name, _checked)
+    if reason := found.unavailable():
+        raise UsageError(reason)
+    return found
 
 
 def _checked(name: str, found: Any) -> type[Search]:

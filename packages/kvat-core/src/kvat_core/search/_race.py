@@ -58,7 +58,7 @@ class Race(Search):
         if self._before_the_blocks(run) is not None:
             pilots = PILOTS - len(run.ended_launches("pilot"))
             blocks = LEAST_BLOCKS * (1 + _racers(run)) + RUN_OFF_BLOCKS * FINALISTS
-            return pilots + len(self.outstanding(run, 0, run.live)) + blocks + 2
+            return pilots + self._screenings_left(run) + blocks + 2
         if self._race(run) is not None:
             rounds = list(_race_rounds(run))[: LEAST_BLOCKS if _first_block(run) else None]
             timing = sum(len(self.outstanding(run, number, self._racing(run, number))) for number in rounds)
@@ -85,13 +85,25 @@ class Race(Search):
             return None
         if any(order.purpose == "timing" for order in run.launches):
             return None
-        groups = incumbent_first(self._promising_first(run), run.incumbent)
-        if groups and (_seen_enough(run) or self._has_had_its_share(run)):
-            groups = []
-        pilot = self._pilot(run, sum(map(len, groups)))
-        if pilot is not None or not groups:
+        cells = self._next_screened(run)
+        pilot = self._pilot(run, self._screened_share(run) if cells else 1.0)
+        if pilot is not None or not cells:
             return pilot
-        return self._order(run, 0, "screening", groups[0], SCREENING_SAMPLES)
+        return self._order(run, 0, "screening", cells, SCREENING_SAMPLES)
+
+    def _next_screened(self, run: Run) -> Sequence[Cell]:
+        """Cells of the next launch of screening; none when it is over."""
+        groups = incumbent_first(self._promising_first(run), run.incumbent)
+        return [] if not groups or _seen_enough(run) or self._has_had_its_share(run) else groups[0]
+
+    def _screenings_left(self, run: Run) -> int:
+        """Launches of screening still to come, if it goes on to its end."""
+        return len(self.outstanding(run, 0, run.live))
+
+    def _screened_share(self, run: Run) -> float:
+        """How much of screening is done, from 0 to 1; of what is to be seen, however often a launch was repeated."""
+        left = sum(map(len, self.outstanding(run, 0, run.live)))
+        return 1 - left / (len(run.scenarios) * _feasible(run))
 
     def _promising_first(self, run: Run) -> list[list[Cell]]:
         """What screening still lacks: in random order; where it may not come to an end, by what bounds each load."""
@@ -110,13 +122,12 @@ class Race(Search):
         by_time = allowed.wall_s is not None and spent_s(run) >= SCREENING_ALLOWANCE * allowed.wall_s
         return by_launches or by_time
 
-    def _pilot(self, run: Run, left: int) -> LaunchOrder | None:
-        """The next launch of the incumbent alone, when so much of screening is done and so many cells are left."""
+    def _pilot(self, run: Run, done: float) -> LaunchOrder | None:
+        """The next launch of the incumbent alone, when such a share of screening is done."""
         if run.incumbent not in run.live:
             return None
-        every = len(run.scenarios) * _feasible(run)
         for number in range(1, PILOTS + 1):
-            if left and (every - left) * PILOTS < number * every:
+            if done * PILOTS < number:
                 return None
             cells = self.outstanding(run, number, [run.incumbent])
             if cells:

@@ -1,0 +1,80 @@
+"""What `kvat tune --dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from textwrap import indent
+from typing import TYPE_CHECKING
+
+from kvat_cli.columns import columns
+from kvat_core.bounds import CONTEXT, PEAKS, TIMED
+from kvat_core.schema import Limit
+from kvat_report import numbers
+
+if TYPE_CHECKING:
+    from kvat_core.preview import DryRun, Exclusion, Prospect
+    from kvat_core.schema import Limits, Scenario
+
+_NAMED = 3
+"""Candidates of an exclusion that are named; more are counted."""
+_HEADINGS = ("candidate", "load", "predicted peak", "TTFT at least", "decode at most")
+
+
+def print_dry_run(found: DryRun) -> None:
+    """Candidates, exclusions, limits, launches and what is known of the time."""
+    print(f"{found.model} on {found.device} with {found.engine}, profile {found.profile.name}: nothing was measured.")
+    largest = max(found.profile.scenarios, key=lambda scenario: scenario.total_tokens * scenario.batch_size)
+    title = f"Candidates, what runs today first, with bounds in {largest.key}:"
+    _print_block(title, [_HEADINGS, *(_row(candidate, largest) for candidate in found.candidates)])
+    _print_block("Excluded:", [(_names(one), one.reason) for one in found.excluded])
+    _print_block("Limits:", [(condition,) for condition in _conditions(found.profile.limits)])
+    _print_block("Cannot keep them:", [(one.label, miss) for one in found.candidates for miss in one.misses])
+    _print_block("Launches and time:", [(line,) for line in _effort(found)])
+    _print_block("Notes:", [(note,) for note in found.notes])
+
+
+def _print_block(title: str, rows: Sequence[Sequence[str]]) -> None:
+    if rows:
+        print(f"\n{title}\n{indent(columns(rows), '  ')}")
+
+
+def _row(candidate: Prospect, scenario: Scenario) -> tuple[str, ...]:
+    bounds = candidate.bounds.get(scenario.key)
+    return (
+        candidate.label,
+        ", ".join(map(str, candidate.loads)),
+        numbers.size(candidate.predicted_peak_bytes),
+        numbers.NOTHING if bounds is None else numbers.seconds(bounds.ttft_s),
+        numbers.NOTHING if bounds is None else numbers.tokens_per_second(bounds.decode_tps),
+    )
+
+
+def _names(excluded: Exclusion) -> str:
+    more = len(excluded.labels) - _NAMED
+    return "; ".join(excluded.labels[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _conditions(limits: Limits) -> Iterator[str]:
+    for bound in (*(peak for peak, _ in PEAKS), *(timed for timed, _ in TIMED), CONTEXT):
+        limit = getattr(limits, bound.name)
+        if isinstance(limit, Limit):
+            yield bound.condition(limit.value, limit.percentile)
+        elif limit is not None:
+            yield bound.condition(limit, None)
+
+
+def _effort(found: DryRun) -> Iterator[str]:
+    """Figures that can be answered for, which a forecast of the time cannot."""
+    yield (
+        f"about {found.launches} launches with --search {found.search} if nothing fails; "
+        f"to measure every candidate once takes {found.loads}"
+    )
+    if found.one_call_each_s is not None:
+        yield (
+            "one call of every candidate in every scenario takes "
+            f"{numbers.duration(found.one_call_each_s)} at least, loading apart"
+        )
+    if found.budget_s is None:
+        yield "how long it takes is not known before the first launch; --budget limits it"
+    else:
+        yield f"it ends after {numbers.duration(found.budget_s)}, with what has been measured by then"
