@@ -5,10 +5,10 @@
 Workers get an address space that is `--room-mib` larger than that of one that has served a short prompt, by the
 system's own limit (RLIMIT_AS), set before the model is loaded. With each cache `kvat_core.tune` measures the longest
 context of a small model with random weights, whose own limit lies far beyond. Beside it stands a scan that knows
-nothing of the search: each length gets a worker of its own under the same limit, one call, in steps of 1 % from 15 % below
-what kvat found to 15 % above it, and in steps of 20 % from the scenario to the model's limit. The longest that ran has
-to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or "longest" would
-mean little. Linux only.
+nothing of the search: each length gets a worker of its own under the same limit, one call, in steps of 1 % from 15 %
+below what kvat found to 15 % above it, and in steps of 20 % from the scenario to the model's limit. The longest that
+ran has to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or "longest"
+would mean little. Linux only.
 """
 
 from __future__ import annotations
