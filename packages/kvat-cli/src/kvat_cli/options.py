@@ -30,8 +30,10 @@ def context_bound(option: str, text: str) -> int | Literal["auto", "off"]:
     Raises:
         UsageError: neither a number of tokens, nor auto or off.
     """
-    if text == "auto" or text == "off":
-        return text
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UsageError(f"{option} takes auto, off, or a number of tokens, e.g. 32768; got {text!r}")
     return int(text)
