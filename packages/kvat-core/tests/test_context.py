@@ -193,6 +193,10 @@ def test_a_name_that_is_no_scenario_is_refused() -> None:
         Scenario.of_key("8192")
 
 
+def keys_of(run: Run) -> dict[Cell, str]:
+    return {cell: "one" for entry in run.candidates for cell in run.cells(entry.candidate.id)}
+
+
 # In a run -----------------------------------------------------------------------------------------
 
 
@@ -322,6 +326,25 @@ def test_where_all_fall_short_the_closest_are_told(command: MakeCommand) -> None
     assert plan.closest[0].misses[0].observed == pytest.approx(SMALL_MEMORY_TOKENS, rel=TOLERANCE)
 
 
+def test_the_next_best_is_tried_when_somebody_fell_short(make_run: MakeRun) -> None:
+    """The best holds too few tokens, what runs today enough; so does what lies between, which then wins."""
+    holds = {"today": 4096, "best": 50, "between": 4096}
+    paces = {"today": [1.0, 1.0], "best": [0.5, 0.5], "between": [0.7, 0.7]}
+    few = with_least(100).model_copy(update={"scenarios": (Scenario(prompt_tokens=8, output_tokens=3),)})
+    bound = ContextBound(up_to_tokens=100, by="user")
+    run = make_run(paces, shape=SHAPE, profile=few, longest_context=bound, unreadable=list(paces))
+    search = Grid(keys_of(run), 0)
+    while (order := search.next(run)) is not None:
+        name, tokens = order.cells[0].candidate, Scenario.of_key(order.cells[0].scenario).total_tokens
+        run.add(order)
+        run.add(trial(tokens, order.samples or 1, None if tokens <= holds[name] else "oom_device", name))
+        assert order.purpose == "context"
+    plan = make_plan(run, REF)
+    assert plan.winner is not None
+    assert plan.winner.id == "between"
+    assert kept(plan) == {"today": "pass", "best": "fail", "between": "pass"}
+
+
 # Scores -------------------------------------------------------------------------------------------
 
 
@@ -403,10 +426,6 @@ def test_another_reason_than_memory_or_time_is_told(make_run: MakeRun) -> None:
 
 SLOW = {"today": [4.0, 4.0, 4.0]}
 """8 tokens in 4 s: 600 in 5 minutes."""
-
-
-def keys_of(run: Run) -> dict[Cell, str]:
-    return {cell: "one" for entry in run.candidates for cell in run.cells(entry.candidate.id)}
 
 
 @pytest.mark.parametrize("kind", [Grid, Race])

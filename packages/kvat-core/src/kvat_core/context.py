@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -119,15 +119,6 @@ def known(run: Run, candidate_id: str) -> MaxContext | None:
     else:
         bounded_by = "host_memory" if header.machine.device_memory_bytes is None else "device_memory"
     return _max_context(entry.predicted_context_tokens, "predicted", bounded_by)
-
-
-def falls_short(run: Run, candidate_ids: Collection[str]) -> bool:
-    """Whether the trials of any of them have shown less than the limit of the profile."""
-    least = run.header.profile.limits.min_context_tokens
-    if least is None:
-        return False
-    found = (measured(run, name) for name in candidate_ids)
-    return any(one is not None and one.tokens < least for one in found)
 
 
 def trial_s(run: Run, order: LaunchOrder) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvat_core import context, scoring
+from kvat_core import context
 from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
@@ -29,11 +29,13 @@ def context_trials_left(run: Run) -> int:
 
 
 def _wanted(run: Run) -> list[str]:
-    """Winner and incumbent; once anybody has fallen short of the limit, whoever else was measured, too."""
+    """Winner and incumbent, in this order: who falls short of a limit makes room for the next best, who is tried then.
+
+    The incumbent's turn comes when a winner stands. Before, to know that it keeps the limit would be to prefer it to
+    all others, of whom nobody knows it yet.
+    """
     decision = None if run.header.longest_context is None else decide(run)
     if decision is None:
         return []
-    finalists = [decision.winner, *({run.incumbent} & set(run.live) - {decision.winner})]
-    others = [name for name in run.live if name not in finalists and scoring.complete_rounds(run, name)]
-    everybody = [name for name in [*finalists, *others] if run.alias_of(name) is None]
-    return everybody if context.falls_short(run, everybody) else everybody[: len(finalists)]
+    wanted = {decision.winner: None, **({run.incumbent: None} if run.incumbent in run.live else {})}
+    return [name for name in wanted if run.alias_of(name) is None]
