@@ -40,6 +40,7 @@ from kvat_core.schema import (
     Profile,
     Scenario,
 )
+from kvat_core.scoring import compared_contexts
 from kvat_core.search import Allowance, Grid, Race, Rationed, Search
 
 MakeRun = Callable[..., Run]
@@ -442,6 +443,15 @@ def test_what_takes_too_long_is_not_tried(make_run: MakeRun, kind: type[Search])
     assert max(lengths(run.context_trials)) == 600
     found = make_plan(run, REF).max_context
     assert found == MaxContext(tokens=600, safe_tokens=582, method="probed", bounded_by="time")
+
+
+def test_a_bound_by_time_holds_for_predictions_and_is_one_for_all(make_run: MakeRun) -> None:
+    """So who prefills faster, or was never tried, gains nothing by it."""
+    bound = ContextBound(up_to_tokens=4096, by="model")
+    run = make_run({**SLOW, "fast": [2.0, 2.0, 2.0]}, shape=SHAPE, profile=WEIGHTED, longest_context=bound)
+    run = with_contexts(run, {"today": 4000, "fast": 4096})
+    run.add(trial(600, CONFIRMATIONS, None, "today"))
+    assert compared_contexts(run) == {"today": 600, "fast": 600}
 
 
 def test_a_trial_that_the_time_does_not_allow_is_not_made(make_run: MakeRun) -> None:

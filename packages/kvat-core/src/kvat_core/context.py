@@ -26,7 +26,7 @@ CONFIRMATIONS = 3
 RESERVE = 0.03
 """Share that is kept back where something else than a fixed length bounds the context."""
 LONGEST_PREFILL_S = 300.0
-"""Lengths that must take longer to prefill, at the rate of shorter prompts, are not tried."""
+"""Lengths that must take the incumbent longer to prefill, at its rate for shorter prompts, are not tried."""
 EXPECTED: dict[str, BoundedBy] = {"oom_device": "device_memory", "oom_host": "host_memory", "timeout": "time"}
 """Kinds of failure that bound a context, and what then does; any other one is to be told."""
 
@@ -108,17 +108,14 @@ def measured(run: Run, candidate_id: str) -> MaxContext | None:
 
 def known(run: Run, candidate_id: str) -> MaxContext | None:
     """The same, or what is predicted; None where that is unknown, too."""
-    entry, header = run.entry(candidate_id), run.header
-    found = measured(run, candidate_id)
-    if found is not None or entry.predicted_context_tokens is None:
+    found, predicted = measured(run, candidate_id), run.entry(candidate_id).predicted_context_tokens
+    if found is not None or predicted is None:
         return found
-    wanted = header.longest_context
-    most = wanted.up_to_tokens if wanted is not None else header.shape.max_context_tokens
-    if entry.predicted_context_tokens == most:
-        bounded_by: BoundedBy = "model" if wanted is None else wanted.by
-    else:
-        bounded_by = "host_memory" if header.machine.device_memory_bytes is None else "device_memory"
-    return _max_context(entry.predicted_context_tokens, "predicted", bounded_by)
+    most, bounded_by = _bound(run)
+    if most is None or predicted < most:
+        bounded_by = "host_memory" if run.header.machine.device_memory_bytes is None else "device_memory"
+    tokens = max(predicted if most is None else min(predicted, most), _held_tokens(run, candidate_id))
+    return _max_context(tokens, "predicted", bounded_by)
 
 
 def trial_s(run: Run, order: LaunchOrder) -> float:
@@ -137,16 +134,27 @@ def _trials(run: Run, candidate_id: str) -> list[ContextTrial]:
 
 def _reach(run: Run, candidate_id: str) -> Reach | None:
     """Where to search for a candidate; None in a run that does not ask for it."""
+    if run.header.longest_context is None:
+        return None
+    most, most_by = _bound(run)
+    return Reach(_held_tokens(run, candidate_id), most, most_by, run.entry(candidate_id).predicted_context_tokens)
+
+
+def _bound(run: Run) -> tuple[int | None, BoundedBy]:
+    """What no candidate is to exceed, and why: one for all, so that no speed counts as length."""
     wanted = run.header.longest_context
     if wanted is None:
-        return None
-    most = wanted.up_to_tokens
-    most_by: BoundedBy = wanted.by
-    tps = _prefill_tps(run, candidate_id)
-    if tps is not None and (most is None or tps * LONGEST_PREFILL_S < most):
-        most, most_by = int(tps * LONGEST_PREFILL_S), "time"
-    held = max((scenario.total_tokens for scenario in _held(run, candidate_id)), default=0)
-    return Reach(held, most, most_by, run.entry(candidate_id).predicted_context_tokens)
+        return run.header.shape.max_context_tokens, "model"
+    tps = _prefill_tps(run, run.incumbent)
+    in_time = None if tps is None else int(tps * LONGEST_PREFILL_S)
+    if in_time is not None and (wanted.up_to_tokens is None or in_time < wanted.up_to_tokens):
+        return in_time, "time"
+    return wanted.up_to_tokens, wanted.by
+
+
+def _held_tokens(run: Run, candidate_id: str) -> int:
+    """Of the longest scenario that was measured; 0 = none."""
+    return max((scenario.total_tokens for scenario in _held(run, candidate_id)), default=0)
 
 
 def _held(run: Run, candidate_id: str) -> list[Scenario]:

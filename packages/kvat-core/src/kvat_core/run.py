@@ -297,7 +297,7 @@ class Run:
         }
 
     def _excuse_since_the_last_sound_launch(self) -> None:
-        """Of failures after the last launch that had samples, or ran at a length, and none of them, it is to blame."""
+        """Of failures since the last sound launch, with samples or a length that ran, a broken machine is to blame."""
         doubtful = [failed for failed in self.failed if failed.failure.kind not in OF_THE_CANDIDATE]
         sampled = {sample.launch for sample in self.samples}
         sampled |= {trial.launch for trial in self.context_trials if trial.failure is None}

@@ -134,7 +134,7 @@ class CandidateResult(Record):
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
     limits: tuple[LimitResult, ...] = Field(default=(), description="empty without limits, or without figures")
     max_context_tokens: int | None = Field(
-        default=None, description="longest context that trials have shown; null = not measured"
+        default=None, description="longest context that is shown to run; null = not measured"
     )
     scenarios: tuple[ScenarioResult, ...] = ()
 
@@ -237,8 +237,8 @@ class MaxContext(Record):
         "the model's shape and the machine's memory alone"
     )
     bounded_by: BoundedBy = Field(
-        description="what ends it: model and user, a length; memory; time, a prefill of more than 5 minutes or a "
-        "deadline; failure, anything else, of which the notes tell"
+        description="what ends it: model and user, a length; memory; time, a prefill that takes the incumbent "
+        "more than 5 minutes, or a deadline; failure, anything else, of which the notes tell"
     )
 
 

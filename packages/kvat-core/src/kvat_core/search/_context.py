@@ -37,5 +37,5 @@ def _wanted(run: Run) -> list[str]:
     decision = None if run.header.longest_context is None else decide(run)
     if decision is None:
         return []
-    wanted = {decision.winner: None, **({run.incumbent: None} if run.incumbent in run.live else {})}
-    return [name for name in wanted if run.alias_of(name) is None]
+    finalists = [decision.winner, *({run.incumbent} & set(run.live))]
+    return list(dict.fromkeys(run.alias_of(name) or name for name in finalists))
