@@ -5,10 +5,10 @@
 Workers get an address space that is `--room-mib` larger than that of one that has served a short prompt, by the
 system's own limit (RLIMIT_AS), set before the model is loaded. With each cache `kvat_core.tune` measures the longest
 context of a small model with random weights, whose own limit lies far beyond. Beside it stands a scan that knows
-nothing of the search: each length gets a worker of its own under the same limit, one call, in steps of 1 % from 15 %
-below what kvat found to 15 % above it, and in steps of 20 % from the scenario to the model's limit. The longest that
-ran has to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or "longest"
-would mean little. Linux only.
+nothing of the search: each length gets a worker of its own under the same limit, the calls of a trial, in steps of
+1 % from 6 % below what kvat found to 6 % above it, and in steps of 30 % from the scenario to the model's limit. The
+longest that ran has to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or
+"longest" would mean little. Linux only.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from kvat_engine_transformers import TransformersEngine
 
 CACHES = ("dynamic", "static")
 MAX_DIFFERENCE = 0.02
-STEP, WINDOW = 0.01, 0.15
-WIDE_STEP = 0.2
+STEP, WINDOW = 0.01, 0.06
+WIDE_STEP = 0.3
 MIB = 2**20
 PATIENT = Limits(600.0)
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=8)
@@ -50,7 +50,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 2048,
-    "max_position_embeddings": 16384,
+    "max_position_embeddings": 8192,
 }
 
 
@@ -108,7 +108,7 @@ def address_space(model: ModelRef) -> int:
 
 
 def prefill(worker: WorkerProcess, recipe: Recipe, scenario: Scenario) -> None:
-    """What a trial asks of a worker, once."""
+    """What a trial asks of a worker."""
     with tempfile.TemporaryDirectory() as scratch:
         worker.call("start", {"engine": "transformers", "scratch": scratch}, "start", PATIENT)
         worker.call("load", dict(recipe.load), "load", PATIENT)
@@ -116,7 +116,8 @@ def prefill(worker: WorkerProcess, recipe: Recipe, scenario: Scenario) -> None:
         source = PromptSource(kind="text", value="any text will do")
         spec = PromptSpec(source=source, tokens=scenario.prompt_tokens, batch=1, nonce=0)
         arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": scenario.output_tokens}
-        worker.call("prefill", arguments, "context", PATIENT)
+        for _ in range(context.CALLS):
+            worker.call("prefill", arguments, "context", PATIENT)
 
 
 def runs(model: ModelRef, cache: str, tokens: int) -> bool:

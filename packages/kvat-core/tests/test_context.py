@@ -10,16 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvat_core.context import (
-    CONFIRMATIONS,
-    TOLERANCE,
-    Attempt,
-    Reach,
-    longest,
-    next_attempt,
-    predicted_tokens,
-    scenario,
-)
+from kvat_core.context import CALLS, TOLERANCE, Reach, longest, next_length, predicted_tokens, scenario
 from kvat_core.errors import UsageError
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
@@ -51,21 +42,21 @@ SMALL_MEMORY_TOKENS = 2929
 """What the memory of fake:small-memory holds of the default cache."""
 
 
-def trial(tokens: int, calls: int = 1, kind: FailureKind | None = None, candidate: str = "c") -> ContextTrial:
+def trial(tokens: int, kind: FailureKind | None = None, candidate: str = "c") -> ContextTrial:
     failure = None if kind is None else Failure(kind=kind, phase="context", reason="no room")
-    return ContextTrial(launch=0, candidate=candidate, tokens=tokens, calls=calls, failure=failure)
+    return ContextTrial(launch=0, candidate=candidate, tokens=tokens, calls=CALLS, failure=failure)
 
 
-def tried(attempt: Attempt, limit: int, kind: FailureKind = "oom_device") -> ContextTrial:
-    """What a device makes of an attempt that holds so many tokens."""
-    return trial(attempt.tokens, attempt.calls, None if attempt.tokens <= limit else kind)
+def tried(tokens: int, limit: int, candidate: str = "c") -> ContextTrial:
+    """What a device makes of a length that holds so many tokens."""
+    return trial(tokens, None if tokens <= limit else "oom_device", candidate)
 
 
 def searched(reach: Reach, limit: int) -> list[ContextTrial]:
     """All trials that a search makes."""
     trials: list[ContextTrial] = []
-    while (attempt := next_attempt(reach, trials)) is not None:
-        trials.append(tried(attempt, limit))
+    while (tokens := next_length(reach, trials)) is not None:
+        trials.append(tried(tokens, limit))
         assert len(trials) < 100
     return trials
 
@@ -106,17 +97,16 @@ def test_a_search_takes_few_trials(reach: Reach, beyond: int) -> None:
 
 
 @given(reaches(), st.data())
-def test_nothing_is_reported_that_was_not_confirmed(reach: Reach, data: st.DataObject) -> None:
+def test_nothing_is_reported_that_did_not_pass(reach: Reach, data: st.DataObject) -> None:
     """However trials end, also against all sense."""
     trials: list[ContextTrial] = []
-    while (attempt := next_attempt(reach, trials)) is not None:
-        ran = attempt.tokens < 2_000_000 and data.draw(st.booleans())
-        trials.append(tried(attempt, attempt.tokens if ran else 0))
-        assert longest(reach, trials[:-1]) is None
+    while (tokens := next_length(reach, trials)) is not None:
+        assert longest(reach, trials) is None
+        ran = tokens < 2_000_000 and data.draw(st.booleans())
+        trials.append(tried(tokens, tokens if ran else 0))
     found = longest(reach, trials)
     assert found is not None
-    confirmed = [one.tokens for one in trials if one.failure is None and one.calls >= CONFIRMATIONS]
-    assert found.tokens in [reach.held, *confirmed]
+    assert found.tokens in [reach.held, *(one.tokens for one in trials if one.failure is None)]
     assert all(one.tokens > found.tokens for one in trials if one.failure is not None)
 
 
@@ -125,13 +115,13 @@ def test_a_search_that_is_cut_goes_on_to_the_same_answer(reach: Reach, beyond: i
     limit = reach.held + beyond
     whole = searched(reach, limit)
     trials = whole[: data.draw(st.integers(0, len(whole)))]
-    while (attempt := next_attempt(reach, trials)) is not None:
-        trials.append(tried(attempt, limit))
+    while (tokens := next_length(reach, trials)) is not None:
+        trials.append(tried(tokens, limit))
     assert trials == whole
 
 
 def test_the_bound_that_fits_takes_one_launch() -> None:
-    assert searched(Reach(512, 32768, "model", predicted=32768), 10**6) == [trial(32768, CONFIRMATIONS)]
+    assert searched(Reach(512, 32768, "model", predicted=32768), 10**6) == [trial(32768)]
 
 
 def test_without_a_prediction_lengths_double() -> None:
@@ -140,16 +130,6 @@ def test_without_a_prediction_lengths_double() -> None:
 
 def test_a_prediction_below_the_bound_is_tried_first() -> None:
     assert lengths(searched(Reach(512, 32768, "model", predicted=6000), 7000))[:3] == [6000, 12000, 8485]
-
-
-def test_a_failed_confirmation_steps_down() -> None:
-    reach = Reach(512, 1000, "model")
-    before = [trial(1000, CONFIRMATIONS, "oom_host"), trial(991)]
-    assert next_attempt(reach, before) == Attempt(991, CONFIRMATIONS)
-    before.append(trial(991, CONFIRMATIONS, "oom_host"))
-    attempt = next_attempt(reach, before)
-    assert attempt is not None
-    assert 512 < attempt.tokens < 991
 
 
 def test_what_was_measured_as_a_scenario_needs_no_trial() -> None:
@@ -167,7 +147,7 @@ def test_what_was_measured_as_a_scenario_needs_no_trial() -> None:
     ],
 )
 def test_the_failure_says_what_bounds(kind: FailureKind, bounded_by: str, safe_tokens: int) -> None:
-    trials = [trial(1001, 1, kind), trial(1000, CONFIRMATIONS)]
+    trials = [trial(1001, kind), trial(1000)]
     found = longest(Reach(512, 4096, "user"), trials)
     assert found is not None
     assert (found.tokens, found.bounded_by, found.safe_tokens) == (1000, bounded_by, safe_tokens)
@@ -338,7 +318,7 @@ def test_the_next_best_is_tried_when_somebody_fell_short(make_run: MakeRun) -> N
     while (order := search.next(run)) is not None:
         name, tokens = order.cells[0].candidate, Scenario.of_key(order.cells[0].scenario).total_tokens
         run.add(order)
-        run.add(trial(tokens, order.samples or 1, None if tokens <= holds[name] else "oom_device", name))
+        run.add(tried(tokens, holds[name], name))
         assert order.purpose == "context"
     plan = make_plan(run, REF)
     assert plan.winner is not None
@@ -383,8 +363,8 @@ def test_a_measured_context_takes_the_place_of_a_predicted_one(make_run: MakeRun
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run(EVEN, profile=WEIGHTED, shape=SHAPE, longest_context=bound)
     run = with_contexts(run, {"today": 1000, "long": 4000})
-    for tokens, kind in ((4000, "oom_host"), (1001, "oom_host"), (1000, None)):
-        run.add(trial(tokens, CONFIRMATIONS, kind, "long"))
+    for tokens in (4000, 1001, 1000):
+        run.add(tried(tokens, 1000, "long"))
     plan = make_plan(run, REF)
     assert plan.verdict == "tie"
     assert plan.candidate("long").max_context_tokens == 1000
@@ -411,7 +391,7 @@ def test_a_context_without_weight_changes_nothing(make_run: MakeRun) -> None:
 def test_a_broken_machine_is_to_blame_for_trials_too(make_run: MakeRun) -> None:
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run(EVEN, shape=SHAPE, longest_context=bound)
-    ran, broken = trial(22, candidate="today"), trial(44, 1, "device_error", "today")
+    ran, broken = trial(22, candidate="today"), trial(44, "device_error", "today")
     run.add(ran.model_copy(update={"launch": 7}))
     run.add(broken.model_copy(update={"launch": 8}))
     run.add(Health(ok=False, reason="gone"))
@@ -421,12 +401,12 @@ def test_a_broken_machine_is_to_blame_for_trials_too(make_run: MakeRun) -> None:
 def test_another_reason_than_memory_or_time_is_told(make_run: MakeRun) -> None:
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run(EVEN, shape=SHAPE, longest_context=bound)
-    run.add(trial(44, 1, "crash", "today"))
+    run.add(trial(44, "crash", "today"))
     assert any("crash, no room): today at 44 tokens" in note for note in make_plan(run, REF).notes)
 
 
 SLOW = {"today": [4.0, 4.0, 4.0]}
-"""8 tokens in 4 s: 600 in 5 minutes."""
+"""8 tokens in 4 s: 240 in 2 minutes."""
 
 
 @pytest.mark.parametrize("kind", [Grid, Race])
@@ -438,11 +418,11 @@ def test_what_takes_too_long_is_not_tried(make_run: MakeRun, kind: type[Search])
     while (order := search.next(run)) is not None:
         tokens = Scenario.of_key(order.cells[0].scenario).total_tokens
         run.add(order)
-        run.add(trial(tokens, order.samples or 1, None, "today"))
+        run.add(trial(tokens, candidate="today"))
         assert order.purpose == "context"
-    assert max(lengths(run.context_trials)) == 600
+    assert max(lengths(run.context_trials)) == 240
     found = make_plan(run, REF).max_context
-    assert found == MaxContext(tokens=600, safe_tokens=582, method="probed", bounded_by="time")
+    assert found == MaxContext(tokens=240, safe_tokens=232, method="probed", bounded_by="time")
 
 
 def test_a_bound_by_time_holds_for_predictions_and_is_one_for_all(make_run: MakeRun) -> None:
@@ -450,19 +430,19 @@ def test_a_bound_by_time_holds_for_predictions_and_is_one_for_all(make_run: Make
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run({**SLOW, "fast": [2.0, 2.0, 2.0]}, shape=SHAPE, profile=WEIGHTED, longest_context=bound)
     run = with_contexts(run, {"today": 4000, "fast": 4096})
-    run.add(trial(600, CONFIRMATIONS, None, "today"))
-    assert compared_contexts(run) == {"today": 600, "fast": 600}
+    run.add(trial(240, candidate="today"))
+    assert compared_contexts(run) == {"today": 240, "fast": 240}
 
 
 def test_a_trial_that_the_time_does_not_allow_is_not_made(make_run: MakeRun) -> None:
-    """The launch for memory took 1 s, and the first trial has 22 tokens, which take 11 s."""
+    """The launch for memory took 1 s, and the first trial three times 22 tokens, which take 33 s."""
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run(SLOW, shape=SHAPE, longest_context=bound, unreadable=["today"])
 
     def ordered(wall_s: float) -> LaunchOrder | None:
         return Rationed(Grid(keys_of(run), 0), keys_of(run), Allowance(wall_s=wall_s)).next(run)
 
-    assert ordered(11.9) is None
-    order = ordered(12.1)
+    assert ordered(33.9) is None
+    order = ordered(34.1)
     assert order is not None
     assert order.cells == (Cell(candidate="today", scenario="1+21x1"),)

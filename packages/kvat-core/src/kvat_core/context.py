@@ -1,9 +1,9 @@
 """Pure: the journal → the longest context of a candidate: predicted, then found by trials at full length.
 
-A trial is a process of its own that prefills a prompt and decodes `OUTPUT_TOKENS` more. The first one aims at what is
-predicted to fit, without a prediction at twice what has run; then lengths double until one fails, and the gap is halved
-on a logarithmic scale until it is `TOLERANCE` wide. What is left has to pass `CONFIRMATIONS` times in a row; a failure
-there counts like any other, so the search steps down.
+A trial is a process of its own that prefills a prompt and decodes `OUTPUT_TOKENS` more, `CALLS` times in a row: the
+later calls find the heap that the first one left. The first trial aims at what is predicted to fit, without a
+prediction at twice what has run; then lengths double until one fails, and the gap is halved on a logarithmic scale
+until it is `TOLERANCE` wide.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ OUTPUT_TOKENS = 32
 """Decoded after the prompt of a trial: prefill is not all that has to fit."""
 TOLERANCE = 0.01
 """Relative gap between what passed and what failed at which the search ends."""
-CONFIRMATIONS = 3
-"""Calls in a row, in one process, that a length has to pass to be reported."""
+CALLS = 3
+"""In a row, in one process, that a length has to pass."""
 RESERVE = 0.03
 """Share that is kept back where something else than a fixed length bounds the context."""
-LONGEST_PREFILL_S = 300.0
+LONGEST_PREFILL_S = 120.0
 """Lengths that must take the incumbent longer to prefill, at its rate for shorter prompts, are not tried."""
 EXPECTED: dict[str, BoundedBy] = {"oom_device": "device_memory", "oom_host": "host_memory", "timeout": "time"}
 """Kinds of failure that bound a context, and what then does; any other one is to be told."""
@@ -44,29 +44,22 @@ class Reach:
     """The longest that is predicted to fit, up to `most`."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """What to try next."""
-
-    tokens: int
-    """Of prompt and output together."""
-    calls: int
-    """In a row."""
-
-
-def next_attempt(reach: Reach, trials: Sequence[ContextTrial]) -> Attempt | None:
-    """The next length to try, or None when the longest is known."""
+def next_length(reach: Reach, trials: Sequence[ContextTrial]) -> int | None:
+    """Where to look between what passed and what failed, or may; None when the longest is known."""
     passed, failed = _bracket(reach, trials)
-    tokens = _next_length(reach, passed, failed)
-    if tokens is None:
-        return None if _is_confirmed(reach, trials, passed) else Attempt(passed, CONFIRMATIONS)
-    return Attempt(tokens, CONFIRMATIONS if tokens == reach.most else 1)
+    if failed is not None:
+        near_enough = failed - passed <= max(1, TOLERANCE * passed)
+        return None if near_enough else min(max(math.isqrt(passed * failed), passed + 1), failed - 1)
+    if reach.most is not None and passed >= reach.most:
+        return None
+    aim = reach.predicted if reach.predicted is not None and reach.predicted > passed else 2 * passed
+    return aim if reach.most is None else min(aim, reach.most)
 
 
 def longest(reach: Reach, trials: Sequence[ContextTrial]) -> MaxContext | None:
     """What the trials have shown; None as long as another one is due, or if nothing has run."""
     passed, failed = _bracket(reach, trials)
-    if passed == 0 or next_attempt(reach, trials) is not None:
+    if passed == 0 or next_length(reach, trials) is not None:
         return None
     if failed is None:
         return _max_context(passed, "probed", reach.most_by)
@@ -94,10 +87,10 @@ def scenario(tokens: int) -> Scenario:
 # Of a run
 
 
-def attempt(run: Run, candidate_id: str) -> Attempt | None:
-    """What to try next for a candidate; None where nothing is to be tried, or enough is known."""
+def to_try(run: Run, candidate_id: str) -> int | None:
+    """The next length to try of a candidate; None where nothing is to be tried, or enough is known."""
     reach = _reach(run, candidate_id)
-    return None if reach is None or reach.held == 0 else next_attempt(reach, _trials(run, candidate_id))
+    return None if reach is None or reach.held == 0 else next_length(reach, _trials(run, candidate_id))
 
 
 def measured(run: Run, candidate_id: str) -> MaxContext | None:
@@ -123,7 +116,7 @@ def trial_s(run: Run, order: LaunchOrder) -> float:
     cell = order.cells[0]
     loads_s = [one.start_s + one.load_s for one in run.loaded]
     tps = _prefill_tps(run, cell.candidate)
-    calls_s = 0.0 if tps is None else (order.samples or 1) * Scenario.of_key(cell.scenario).total_tokens / tps
+    calls_s = 0.0 if tps is None else CALLS * Scenario.of_key(cell.scenario).total_tokens / tps
     return calls_s + (fmean(loads_s) if loads_s else 0.0)
 
 
@@ -181,21 +174,6 @@ def _bracket(reach: Reach, trials: Sequence[ContextTrial]) -> tuple[int, int | N
     failed = min((trial.tokens for trial in trials if trial.failure is not None), default=None)
     passed = (trial.tokens for trial in trials if failed is None or trial.tokens < failed)
     return max((reach.held, *passed)), failed
-
-
-def _next_length(reach: Reach, passed: int, failed: int | None) -> int | None:
-    """Where to look between what passed and what failed, or may; None when that is near enough."""
-    if failed is not None:
-        near_enough = failed - passed <= max(1, TOLERANCE * passed)
-        return None if near_enough else min(max(math.isqrt(passed * failed), passed + 1), failed - 1)
-    if reach.most is not None and passed >= reach.most:
-        return None
-    aim = reach.predicted if reach.predicted is not None and reach.predicted > passed else 2 * passed
-    return aim if reach.most is None else min(aim, reach.most)
-
-
-def _is_confirmed(reach: Reach, trials: Sequence[ContextTrial], tokens: int) -> bool:
-    return tokens == reach.held or any(trial.tokens == tokens and trial.calls >= CONFIRMATIONS for trial in trials)
 
 
 def _max_context(tokens: int, method: ContextMethod, bounded_by: BoundedBy) -> MaxContext:

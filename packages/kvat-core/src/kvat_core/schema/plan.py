@@ -238,7 +238,7 @@ class MaxContext(Record):
     )
     bounded_by: BoundedBy = Field(
         description="what ends it: model and user, a length; memory; time, a prefill that takes the incumbent "
-        "more than 5 minutes, or a deadline; failure, anything else, of which the notes tell"
+        "more than 2 minutes, or a deadline; failure, anything else, of which the notes tell"
     )
 
 

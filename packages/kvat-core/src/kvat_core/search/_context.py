@@ -11,21 +11,21 @@ from kvat_core.schema import Cell, LaunchOrder
 def next_context_trial(run: Run) -> LaunchOrder | None:
     """The next launch that tries a length, or None when enough is known."""
     for name in _wanted(run):
-        attempt = context.attempt(run, name)
-        if attempt is not None:
+        tokens = context.to_try(run, name)
+        if tokens is not None:
             return LaunchOrder(
                 launch=len(run.launches),
                 round=1 + max(order.round for order in run.launches),
                 purpose="context",
-                cells=(Cell(candidate=name, scenario=context.scenario(attempt.tokens).key),),
-                samples=attempt.calls,
+                cells=(Cell(candidate=name, scenario=context.scenario(tokens).key),),
+                samples=context.CALLS,
             )
     return None
 
 
 def context_trials_left(run: Run) -> int:
     """Launches for longest contexts still to come, at least: what a trial shows decides how many follow."""
-    return sum(context.attempt(run, name) is not None for name in _wanted(run))
+    return sum(context.to_try(run, name) is not None for name in _wanted(run))
 
 
 def _wanted(run: Run) -> list[str]:
