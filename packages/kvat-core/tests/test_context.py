@@ -362,12 +362,12 @@ def test_a_longer_context_counts_as_its_ratio(make_run: MakeRun) -> None:
 def test_a_measured_context_takes_the_place_of_a_predicted_one(make_run: MakeRun) -> None:
     bound = ContextBound(up_to_tokens=4096, by="model")
     run = make_run(EVEN, profile=WEIGHTED, shape=SHAPE, longest_context=bound)
-    run = with_contexts(run, {"today": 1000, "long": 4000})
-    for tokens in (4000, 1001, 1000):
-        run.add(tried(tokens, 1000, "long"))
+    run = with_contexts(run, {"today": 900, "long": 4000})
+    for tokens in (4000, 901, 900):
+        run.add(tried(tokens, 900, "long"))
     plan = make_plan(run, REF)
     assert plan.verdict == "tie"
-    assert plan.candidate("long").max_context_tokens == 1000
+    assert plan.candidate("long").max_context_tokens == 900
 
 
 def test_a_context_that_is_unknown_for_one_counts_for_nobody(make_run: MakeRun) -> None:
