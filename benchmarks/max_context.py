@@ -6,9 +6,10 @@ Workers get an address space that is `--room-mib` larger than that of one that h
 system's own limit (RLIMIT_AS), set before the model is loaded. With each cache `kvat_core.tune` measures the longest
 context of a small model with random weights, whose own limit lies far beyond. Beside it stands a scan that knows
 nothing of the search: each length gets a worker of its own under the same limit, the calls of a trial, in steps of
-1 % from 6 % below what kvat found to 6 % above it, and in steps of 30 % from the scenario to the model's limit. The
+1 % from 4 % below what kvat found to 4 % above it, and in steps of 50 % from the scenario to the model's limit. The
 longest that ran has to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or
-"longest" would mean little. Linux only.
+"longest" would mean little. As in memory_agreement.py, the size from which on glibc gives freed memory back is fixed;
+else one and the same length runs at times and at times does not. Linux only.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import math
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from _record import NOT_MEASURED, Bound, Record, at_least_one, option_parser
+from memory_agreement import ALLOCATORS, MIB, PATIENT
 
 from kvat_core import Objective, Profile, Scenario, TuneRequest, context, tune
 from kvat_core.machine import read_machine
@@ -35,10 +37,8 @@ from kvat_engine_transformers import TransformersEngine
 
 CACHES = ("dynamic", "static")
 MAX_DIFFERENCE = 0.02
-STEP, WINDOW = 0.01, 0.06
-WIDE_STEP = 0.3
-MIB = 2**20
-PATIENT = Limits(600.0)
+STEP, WINDOW = 0.01, 0.04
+WIDE_STEP = 0.5
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=8)
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -50,14 +50,17 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 2048,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 6144,
 }
 
 
 class LimitedWorker(WorkerProcess):
-    """A worker whose address space is limited from the moment when it loads a model."""
+    """A worker whose address space is limited from the moment when it loads a model; at first to what there is."""
 
     limit_bytes = resource.RLIM_INFINITY
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__({**environment, **ALLOCATORS["fixed"]})
 
     def call(self, operation: Operation, arguments: dict[str, Any], phase: str, limits: Limits) -> Any:
         if operation == "load":
@@ -86,7 +89,12 @@ def main() -> int:
             Bound(f"{cache}: lengths that ran beyond one that failed", one["ran_beyond_a_failure"], "<=", 0),
         )
     ]
-    values = {"shape": SHAPE, "limit_bytes": LimitedWorker.limit_bytes, "caches": dict(zip(CACHES, cases, strict=True))}
+    values = {
+        "shape": SHAPE,
+        "environment": ALLOCATORS["fixed"],
+        "limit_bytes": LimitedWorker.limit_bytes,
+        "caches": dict(zip(CACHES, cases, strict=True)),
+    }
     return record.close(read_machine("cpu", 1), bounds, values)
 
 
@@ -101,9 +109,9 @@ def recipe_for(model: ModelRef, cache: str, scenario: Scenario) -> Recipe:
 
 def address_space(model: ModelRef) -> int:
     """Of a worker that has served the scenario, bytes."""
-    worker = WorkerProcess(recipe_for(model, "dynamic", SCENARIO).environment)
-    with worker:
-        prefill(worker, recipe_for(model, "dynamic", SCENARIO), SCENARIO)
+    recipe = recipe_for(model, CACHES[0], SCENARIO)
+    with LimitedWorker(recipe.environment) as worker:
+        prefill(worker, recipe, SCENARIO)
         return int(psutil.Process(worker.pid).memory_info().vms)
 
 
