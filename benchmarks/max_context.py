@@ -6,7 +6,7 @@ Workers get an address space that is `--room-mib` larger than that of one that h
 system's own limit (RLIMIT_AS), set before the model is loaded. With each cache `kvat_core.tune` measures the longest
 context of a small model with random weights, whose own limit lies far beyond. Beside it stands a scan that knows
 nothing of the search: each length gets a worker of its own under the same limit, the calls of a trial, in steps of
-1 % from 4 % below what kvat found to 4 % above it, and in steps of 50 % from the scenario to the model's limit. The
+1 % from 3 % below what kvat found to 3 % above it, and in steps of 75 % from the scenario to the model's limit. The
 longest that ran has to be within 2 % of what kvat found; and no length that is longer than one that failed may run, or
 "longest" would mean little. As in memory_agreement.py, the size from which on glibc gives freed memory back is fixed;
 else one and the same length runs at times and at times does not. Linux only.
@@ -37,8 +37,8 @@ from kvat_engine_transformers import TransformersEngine
 
 CACHES = ("dynamic", "static")
 MAX_DIFFERENCE = 0.02
-STEP, WINDOW = 0.01, 0.04
-WIDE_STEP = 0.5
+STEP, WINDOW = 0.01, 0.03
+WIDE_STEP = 0.75
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=8)
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -50,7 +50,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 2048,
-    "max_position_embeddings": 6144,
+    "max_position_embeddings": 4096,
 }
 
 
@@ -70,7 +70,7 @@ class LimitedWorker(WorkerProcess):
 
 def main() -> int:
     parser = option_parser(__doc__)
-    parser.add_argument("--room-mib", type=at_least_one, default=128, metavar="N")
+    parser.add_argument("--room-mib", type=at_least_one, default=48, metavar="N")
     options = parser.parse_args()
     if not hasattr(resource, "prlimit"):
         print("this system cannot limit the memory of another process", file=sys.stderr)
