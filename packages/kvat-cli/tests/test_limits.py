@@ -21,10 +21,10 @@ class Asked(Exception):
 
 
 @pytest.fixture
-def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Limits]:
-    """The limits that a command line asks for."""
+def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TuneRequest]:
+    """What a command line asks for."""
 
-    def of(*words: str) -> Limits:
+    def of(*words: str) -> TuneRequest:
         requests: list[TuneRequest] = []
 
         def tune(request: TuneRequest, *_: object, **__: object) -> None:
@@ -34,7 +34,7 @@ def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Limits]:
         monkeypatch.setattr(tuner, "tune", tune)
         kvat("tune", *words)
         (request,) = requests
-        return request.limits
+        return request
 
     return of
 
@@ -56,8 +56,15 @@ def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Limits]:
         ("--min-context 32768", Limits(min_context_tokens=32768)),
     ],
 )
-def test_limits_become_the_request(asked: Callable[..., Limits], words: str, limits: Limits) -> None:
-    assert asked(*words.split()) == limits
+def test_limits_become_the_request(asked: Callable[..., TuneRequest], words: str, limits: Limits) -> None:
+    assert asked(*words.split()).limits == limits
+
+
+@pytest.mark.parametrize(("words", "bound"), [("", "auto"), ("--max-context off", "off"), ("--max-context 8192", 8192)])
+def test_the_bound_of_the_longest_context_becomes_the_request(
+    asked: Callable[..., TuneRequest], words: str, bound: Any
+) -> None:
+    assert asked(*words.split()).max_context == bound
 
 
 NUMBERS = ("0", "-1", "nan", "inf", "1e3", "", "x", "9" * 400)
@@ -73,6 +80,7 @@ NUMBERS = ("0", "-1", "nan", "inf", "1e3", "", "x", "9" * 400)
         *[("--max-tpot", value) for value in ("50", "p0:50ms", "p100:50ms", "p50:p95:50ms")],
         *[("--min-decode-tps", value) for value in (*NUMBERS, "20tok/s", "p100:20", "p95:")],
         *[("--min-context", value) for value in ("0", "-1", "many", "1.5")],
+        *[("--max-context", value) for value in ("0", "-1", "many", "1.5", "")],
     ],
 )
 def test_what_is_no_limit_is_refused_with_the_form_that_the_option_takes(kvat: Run, option: str, value: str) -> None:

@@ -187,3 +187,16 @@ def test_the_winner_s_use_of_the_memory_is_told_where_it_is_known(make_plan: Cal
 
     assert "decode runs at 58 % of what this machine's memory allows, prefill at 40 % of its arithmetic" in report
     assert "this machine's memory allows" not in MarkdownReport().render(plan)
+
+
+def test_the_longest_context_is_told_with_its_reserve(make_plan: Callable[..., Plan]) -> None:
+    bounded = {"tokens": 3000, "safe_tokens": 2910, "method": "probed", "bounded_by": "device_memory"}
+    whole = {"tokens": 4096, "safe_tokens": 4096, "method": "predicted", "bounded_by": "model"}
+
+    report = MarkdownReport().render(make_plan(max_context=bounded))
+    assert (
+        "context of the winner: 3000 tokens (probed, bounded by device memory); with a reserve of 3 %, 2910.\n"
+        in report
+    )
+    report = MarkdownReport().render(make_plan(max_context=whole))
+    assert "context of the winner: 4096 tokens (predicted, bounded by model).\n" in report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from kvat_core.errors import UsageError
 from kvat_core.measure.deadlines import Deadlines
@@ -21,6 +22,21 @@ def whole_numbers(option: str, text: str | None, example: str) -> tuple[int, ...
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
         raise UsageError(f"{option} takes whole numbers above 0, separated by commas, e.g. {example}; got {text!r}")
     return tuple(map(int, words))
+
+
+def context_bound(option: str, text: str) -> int | Literal["auto", "off"]:
+    """Up to how many tokens the longest context is measured, or who decides that.
+
+    Raises:
+        UsageError: neither a number of tokens, nor auto or off.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UsageError(f"{option} takes auto, off, or a number of tokens, e.g. 32768; got {text!r}")
+    return int(text)
 
 
 _SETTING = "KNOB=VALUE, e.g. cache=static"

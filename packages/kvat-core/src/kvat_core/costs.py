@@ -11,7 +11,7 @@ from kvat_core.schema import Cell
 
 
 class Costs:
-    """Seconds that launches took in a run: loading by load, and the rest by cell.
+    """Seconds that launches took in a run: loading by load, and the rest by cell; trials of lengths apart.
 
     Args:
         run: the journal so far.
@@ -25,7 +25,7 @@ class Costs:
         self._loads: dict[str, list[float]] = {}
         self._cells: dict[Cell, list[float]] = {}
         for order in run.launches:
-            if order.launch in wall_s and order.launch in load_s:
+            if order.purpose != "context" and order.launch in wall_s and order.launch in load_s:
                 self._loads.setdefault(load_keys[order.cells[0]], []).append(load_s[order.launch])
                 each_s = (wall_s[order.launch] - load_s[order.launch]) / len(order.cells)
                 for cell in order.cells:

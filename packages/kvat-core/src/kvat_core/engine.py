@@ -16,9 +16,11 @@ device still works. **`EngineAdapter`** is the heavy half; it lives in a worker 
 Life of a worker: one `load_model`; then, for each candidate and scenario,
 `prepare_cache(recipe)`, one `run_decode` if the recipe compiles, and `applied(prompt)`;
 then, for each of them that is to be timed, `prepare_cache(recipe)` again, `run_decode`
-for each warm-up and timed call, and `measure_resources`; at the end one `cleanup`. All
-calls come from one thread, one at a time, but for `tokens_seen`. Between two candidates
-nothing but `prepare_cache` is called, so it must undo everything the candidate before set.
+for each warm-up and timed call, and `measure_resources`; at the end one `cleanup`. A
+worker that tries how long a context may be goes from `load_model` to one `prepare_cache`
+and then calls `run_prefill`, by a recipe for that length. All calls come from one
+thread, one at a time, but for `tokens_seen`. Between two candidates nothing but
+`prepare_cache` is called, so it must undo everything the candidate before set.
 
 Ownership: the adapter owns the model, its cache, and the prompts it made (core hands
 them back unread). Core owns time limits and processes: an adapter never forks a
@@ -230,7 +232,7 @@ class EngineAdapter(ABC):
         """
 
     def tokens_seen(self) -> int | None:
-        """Tokens per prompt that the running `run_decode` has delivered; 0 from its start on.
+        """Tokens per prompt that the running `run_decode` or `run_prefill` has delivered; 0 from its start on.
 
         Called from another thread, once a second, while the call runs: it has to return at once and take no lock.
         None where single tokens cannot be seen; such an engine can be ended only by the deadline of a whole call.
@@ -239,7 +241,10 @@ class EngineAdapter(ABC):
 
     @abstractmethod
     def run_prefill(self, prompt: Prompt, max_new_tokens: int = 0) -> Timeline:
-        """Prefill with the scenario's cache size and as few tokens as the engine can do; never timed."""
+        """Prefill with the recipe's cache size and `max_new_tokens` after it, or as few as the engine can do.
+
+        Never timed: it shows whether so long a prompt runs at all.
+        """
 
     @abstractmethod
     def applied(self, prompt: Prompt) -> Applied:

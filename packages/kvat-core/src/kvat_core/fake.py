@@ -17,6 +17,7 @@ The model id chooses the behaviour, e.g. ``fake:crash`` or ``fake-server:crash``
     misapplied   one candidate reads back something else than its recipe says
     wrong-count  one candidate generates a token less than asked for
     nan          one candidate returns times that are no numbers
+    small-memory  healthy, but its memory holds 2929 tokens of the default cache, of a model that could take 4096
     secret       one candidate raises an exception of its own whose text contains the prompt
     all-fail     every candidate fails
 
@@ -156,6 +157,8 @@ class _Behaviour:
     fails: Callable[[_Prompt], None] | None = None
     spoils: Callable[[RequestTiming], RequestTiming] | None = None
     mismatches: tuple[str, ...] = ()
+    kv_bytes: int | None = None
+    """Memory that there is for the cache; None = enough."""
 
 
 _BEHAVIOURS = {
@@ -168,6 +171,7 @@ _BEHAVIOURS = {
     "misapplied": _Behaviour(mismatches=("scripted: the engine runs something else than the recipe says",)),
     "wrong-count": _Behaviour(spoils=_lose_a_token),
     "nan": _Behaviour(spoils=_lose_the_times),
+    "small-memory": _Behaviour(kv_bytes=1_500_000),
     "secret": _Behaviour(fails=_tell_the_prompt),
     "all-fail": _Behaviour(fails=_refuse, everyone=True),
 }
@@ -434,6 +438,8 @@ class _ScriptedAdapter(EngineAdapter):
         if positions > slots:
             raise EngineError("error", f"{positions} tokens do not fit the {slots} slots of the cache")
         self._kv_bytes = round(_KV_BYTES_PER_TOKEN * slots * batch_size * self._effect().kv)
+        if self._behaviour.kv_bytes is not None and self._kv_bytes > self._behaviour.kv_bytes:
+            raise EngineError("oom_device", "the scripted device is full")
         self._peak_kv_bytes = max(self._peak_kv_bytes, self._kv_bytes)
 
     def _times(self, prompt: _Prompt, output_tokens: int) -> tuple[float, tuple[float, ...]]:

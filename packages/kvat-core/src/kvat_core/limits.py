@@ -22,7 +22,7 @@ from statistics import median
 
 from scipy.special import bdtr, bdtrc
 
-from kvat_core import stats
+from kvat_core import context, stats
 from kvat_core.bounds import BY_NAME, CONTEXT, PEAKS, TIMED, Bound
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -219,10 +219,12 @@ def _by_count(launches: Sequence[Sequence[float]], bound: Bound, limit: Limit) -
 
 
 def _context(run: Run, candidate_id: str, least: int) -> _Finding:
-    """By the longest of the scenarios, and by what the model can hold at all."""
+    """By what the model can hold at all, by trials of lengths, and by the longest of the scenarios."""
     holds = run.header.shape.max_context_tokens
     if holds is not None and holds < least:
         return _Finding("fail", holds)
+    if (longest := context.measured(run, candidate_id)) is not None:
+        return _Finding("pass" if longest.tokens >= least else "fail", longest.tokens)
     cells = {key: Cell(candidate=candidate_id, scenario=key) for key in run.scenarios}
     held = [scenario.total_tokens for key, scenario in run.scenarios.items() if run.samples_of(cells[key])]
     if held and max(held) >= least:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from kvat_core import limits, metrics, scoring, stats, utilisation
+from kvat_core import context, limits, metrics, scoring, stats, utilisation
 from kvat_core.decision import Decision, decide
 from kvat_core.drift import drift
 from kvat_core.errors import AllFailed, NothingFeasible
@@ -100,6 +100,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         confidence=chosen.confidence,
         closest=closest,
         equivalents=chosen.equivalents,
+        max_context=None if chosen.winner is None else context.known(run, chosen.winner),
         metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
         drift=drift(run),
         pareto=() if decision is None else _front(run, decision.winner, results),
@@ -147,6 +148,7 @@ def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[Ca
         notes.append(PARTIAL_NOTE.format(_how_it_ended(run)))
     notes += _unstable_notes(run)
     notes += _memory_notes(run)
+    notes += _context_notes(run)
     notes += _worker_notes(run)
     notes += _drift_notes(run)
     if header.shape.weights == "random":
@@ -232,6 +234,28 @@ def _memory_notes(run: Run) -> list[str]:
     return notes
 
 
+def _context_notes(run: Run) -> list[str]:
+    """What bounds contexts other than memory and time, and why these do not count where they should."""
+    ends = [
+        (trial.failure, f"{_choice(run, trial.candidate).label} at {trial.tokens} tokens")
+        for trial in run.context_trials
+        if trial.failure is not None and trial.failure.kind not in context.EXPECTED
+    ]
+    notes = [
+        f"a length was given up for another reason than memory or time ({_in_words(failure)}): {_few(where)}"
+        for failure, where in _grouped(ends)
+    ]
+    if run.header.profile.objective.context == 0 or scoring.compared_contexts(run):
+        return notes
+    unknown = [
+        _choice(run, name).label
+        for name in run.live
+        if scoring.complete_rounds(run, name) and context.known(run, name) is None
+    ]
+    why = f"it is neither measured nor predicted of {_few(unknown)}"
+    return [*notes, f"the longest context matters, and yet does not count in the scores, because {why}"]
+
+
 def _unread(run: Run) -> list[Failed]:
     """Failures to read a peak that no other process of the cell has made good."""
     measured = {(one.launch in run.memory_launches, cell) for one in run.measured for cell in one.cells}
@@ -293,6 +317,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
     original = run.alias_of(candidate.id)
     state = _state(run, entry)
     judged = limits.results(run, candidate.id) if state == "ok" else ()
+    longest = context.measured(run, candidate.id) if state == "ok" else None
     return CandidateResult(
         id=candidate.id,
         label=candidate.label,
@@ -306,6 +331,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),
         limits=judged,
+        max_context_tokens=None if longest is None else longest.tokens,
         scenarios=tuple(_scenario_results(run, entry)),
     )
 
@@ -328,9 +354,15 @@ def _passed_over(run: Run, candidate_id: str, winner: str | None) -> str | None:
 def _front(run: Run, winner: str, results: Sequence[CandidateResult]) -> tuple[str, ...]:
     """Ids of those that nobody is shown to beat in everything: the winner, if it is one, then by score."""
     utilities = scoring.utilities(run, [result.id for result in eligible_by_score(results)])
+    longest = {result.id: result.max_context_tokens for result in results}
     front = pareto_front(
         {
-            name: Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(run, name))
+            name: Objectives(
+                ttft=utility.ttft,
+                decode=utility.decode,
+                peak_bytes=scoring.own_peak(run, name),
+                context_tokens=longest[name],
+            )
             for name, utility in utilities.items()
         }
     )

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from pydantic import JsonValue
 
 from kvat_core import (
     ceilings,
+    context,
     discovery,
     limits,
     lock,
@@ -41,6 +43,7 @@ from kvat_core.schema import (
     CandidateEntry,
     Ceilings,
     Cell,
+    ContextBound,
     Footprint,
     Header,
     Limits,
@@ -96,6 +99,12 @@ class TuneRequest:
     """Batch sizes that replace the profile's."""
     limits: Limits = field(default_factory=Limits)
     """Those that are set replace the profile's."""
+    max_context: int | Literal["auto", "off"] = "auto"
+    """Whether to measure the longest context of the finalists, and up to how many tokens.
+
+    auto = up to the model's limit where the profile gives it weight, else up to the least that the limits ask for, else
+    off.
+    """
     space: Space = "safe"
     pinned: Mapping[str, str] = field(default_factory=dict)
     """Knob → value for every candidate."""
@@ -124,6 +133,8 @@ class Preparation:
     header: Header
     entries: tuple[CandidateEntry, ...]
     recipes: Mapping[Cell, Recipe]
+    recipe_at: Callable[[Cell], Recipe]
+    """For scenarios that are none of the profile's."""
     source: PromptSource
     """With its text, unlike the profile in the header."""
     device_uuid: str | None
@@ -160,7 +171,7 @@ def prepare(
         unknown = () if known_by else (NO_KEY_NOTE,)
         header = header.model_copy(update={"prompt_digest": known_by, "notes": (*header.notes, *unknown)})
     header = header.model_copy(update={"request": resume.request_digest(header, seen.entries)})
-    return _predicted(replace(seen, header=header))
+    return _predicted(replace(seen, header=header), asked.engine)
 
 
 def foresee(
@@ -172,9 +183,10 @@ def foresee(
         UsageError: unusable input or environment; the directory for the results is not looked at.
         Interrupted: the user ended it.
     """
-    seen = _look(request, _look_up(request), open_worker, deadlines, announce)
+    asked = _look_up(request)
+    seen = _look(request, asked, open_worker, deadlines, announce)
     known = _ceilings(seen.header, seen.entries, lambda: None)
-    return _predicted(replace(seen, header=seen.header.model_copy(update={"ceilings": known})))
+    return _predicted(replace(seen, header=seen.header.model_copy(update={"ceilings": known})), asked.engine)
 
 
 def _look_up(request: TuneRequest) -> _Asked:
@@ -218,12 +230,18 @@ def _look(
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
+    header = header.model_copy(update={"longest_context": _context_bound(request.max_context, fitted, shape)})
     entries = [_with_footprints(entry, engine, header) for entry in entries]
-    return Preparation(asked.out, header, tuple(entries), recipes, asked.source, probe.device_uuid)
+    settings = {entry.candidate.id: entry.candidate.settings for entry in entries}
+
+    def recipe_at(cell: Cell) -> Recipe:
+        return engine.recipe(settings[cell.candidate], Scenario.of_key(cell.scenario), target)
+
+    return Preparation(asked.out, header, tuple(entries), recipes, recipe_at, asked.source, probe.device_uuid)
 
 
-def _predicted(seen: Preparation) -> Preparation:
-    return replace(seen, entries=tuple(_with_prediction(entry, seen.header) for entry in seen.entries))
+def _predicted(seen: Preparation, engine: Engine) -> Preparation:
+    return replace(seen, entries=tuple(_with_predictions(entry, engine, seen.header) for entry in seen.entries))
 
 
 def utc_now() -> str:
@@ -234,6 +252,23 @@ def utc_now() -> str:
 def _profile(request: TuneRequest) -> Profile:
     chosen = DEFAULT_PROFILE if request.profile is None else request.profile
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
+
+
+def _context_bound(wanted: int | Literal["auto", "off"], profile: Profile, shape: ModelShape) -> ContextBound | None:
+    """Up to where the longest context is to be measured; None = it is not."""
+    holds, least = shape.max_context_tokens, profile.limits.min_context_tokens
+    if isinstance(wanted, int):
+        if holds is not None and holds < wanted:
+            raise UsageError(f"the model holds {holds} tokens, fewer than --max-context {wanted}; ask for less")
+        longest = max(scenario.total_tokens for scenario in profile.scenarios)
+        if wanted < longest:
+            raise UsageError(f"--max-context {wanted} is less than the {longest} tokens of a scenario; ask for more")
+        return ContextBound(up_to_tokens=wanted, by="model" if wanted == holds else "user")
+    if wanted == "auto" and profile.objective.context > 0:
+        return ContextBound(up_to_tokens=holds, by="model")
+    if wanted == "auto" and least is not None:
+        return ContextBound(up_to_tokens=least, by="user")
+    return None
 
 
 def _model_id(request: TuneRequest, engine: Engine) -> str:
@@ -396,15 +431,39 @@ def _ask_ceilings(header: Header, dtypes: Sequence[str], open_worker: OpenWorker
     return None if measured is None else Ceilings.model_validate(measured)
 
 
-def _with_prediction(entry: CandidateEntry, header: Header) -> CandidateEntry:
-    """Its peak in the largest scenario, where the engine tells the footprint of each."""
+def _with_predictions(entry: CandidateEntry, engine: Engine, header: Header) -> CandidateEntry:
+    """Its peak in the largest scenario, where the engine tells the footprint of each, and its longest context."""
     first_call_bytes = header.ceilings.first_call_bytes if header.ceilings is not None else None
     predicted = [
         _loaded_peak_bytes(entry.footprints.get(scenario.key), header, scenario, first_call_bytes or 0)
         for scenario in header.profile.scenarios
     ]
     known = [peak for peak in predicted if peak is not None]
-    return entry.model_copy(update={"predicted_peak_bytes": max(known) if len(known) == len(predicted) else None})
+    return entry.model_copy(
+        update={
+            "predicted_peak_bytes": max(known) if len(known) == len(predicted) else None,
+            "predicted_context_tokens": _predicted_context_tokens(entry, engine, header, first_call_bytes or 0),
+        }
+    )
+
+
+def _predicted_context_tokens(
+    entry: CandidateEntry, engine: Engine, header: Header, first_call_bytes: int
+) -> int | None:
+    """Up to the bound of the search, or else the model's; None without a bound, too."""
+    wanted = header.longest_context
+    most = header.shape.max_context_tokens if wanted is None else wanted.up_to_tokens
+    memory_bytes = header.machine.device_memory_bytes or header.machine.memory_bytes
+    if most is None or entry.exclusion is not None:
+        return None
+
+    def fits(tokens: int) -> bool | None:
+        scenario = context.scenario(tokens)
+        footprint = engine.footprint(entry.candidate.settings, scenario, header.shape, header.target.device)
+        peak_bytes = _loaded_peak_bytes(footprint, header, scenario, first_call_bytes)
+        return None if peak_bytes is None else peak_bytes <= memory_bytes
+
+    return context.predicted_tokens(most, fits)
 
 
 def _loaded_peak_bytes(

@@ -13,6 +13,7 @@ from kvat_core import metrics
 from kvat_core.schema import (
     CandidateEntry,
     Cell,
+    ContextTrial,
     End,
     Event,
     Failed,
@@ -62,6 +63,8 @@ class Run:
         self.samples: list[Sample] = []
         self.failed: list[Failed] = []
         self.measured: list[Measured] = []
+        self.context_trials: list[ContextTrial] = []
+        """Without those for which a broken machine is to blame."""
         self.ended: list[LaunchEnd] = []
         self.health: list[Health] = []
         self._excused: list[Failed] = []
@@ -153,6 +156,8 @@ class Run:
                 self.failed.append(event)
             case Measured():
                 self.measured.append(event)
+            case ContextTrial():
+                self.context_trials.append(event)
             case LaunchEnd():
                 self.ended.append(event)
             case Health():
@@ -298,13 +303,19 @@ class Run:
         }
 
     def _excuse_since_the_last_sound_launch(self) -> None:
-        """Of failures up to the last launch that had samples and none of them, a broken machine is to blame."""
+        """Of failures since the last sound launch, with samples or a length that ran, a broken machine is to blame."""
         doubtful = [failed for failed in self.failed if failed.failure.kind not in OF_THE_CANDIDATE]
         sampled = {sample.launch for sample in self.samples}
+        sampled |= {trial.launch for trial in self.context_trials if trial.failure is None}
         # A peak that could not be read says nothing of the times in its launch.
         unsound = {failed.launch for failed in doubtful if failed.failure.phase != "resources"}
         sound = max(sampled - unsound, default=-1)
         self._excused += [failed for failed in doubtful if failed.launch > sound]
+        self.context_trials = [
+            trial
+            for trial in self.context_trials
+            if trial.launch <= sound or trial.failure is None or trial.failure.kind in OF_THE_CANDIDATE
+        ]
 
     def _was_loaded(self, failed: Failed) -> bool:
         """Whether the candidate had been loaded in a launch before."""

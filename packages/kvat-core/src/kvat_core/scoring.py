@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from kvat_core import limits
+from kvat_core import context, limits
 from kvat_core.metrics import Figures
 from kvat_core.run import Run
 from kvat_core.schema import Cell, Resources
@@ -71,17 +71,17 @@ def complete_rounds(run: Run, candidate_id: str) -> list[int]:
 
 def utilities(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
     """Utility of each candidate in every block that is complete for it."""
-    peaks = compared_peaks(run)
+    peaks, contexts = compared_peaks(run), compared_contexts(run)
     return {
-        name: _utility(run, name, complete_rounds(run, name), math.log(peaks[name]) if name in peaks else 0.0)
+        name: _utility(run, name, complete_rounds(run, name), _log(peaks, name), _log(contexts, name))
         for name in candidate_ids
     }
 
 
 def screened(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
-    """Utility of each candidate in every complete round of pilot and screening; memory does not count yet."""
+    """Utility of each candidate in every complete round of pilot and screening; memory and context do not count yet."""
     return {
-        name: _utility(run, name, [one for one in _rounds(run, name) if one in run.before_the_blocks], 0.0)
+        name: _utility(run, name, [one for one in _rounds(run, name) if one in run.before_the_blocks])
         for name in candidate_ids
     }
 
@@ -91,7 +91,13 @@ def _rounds(run: Run, candidate_id: str) -> list[int]:
     return sorted(number for number in first if all(number in other for other in others))
 
 
-def _utility(run: Run, candidate_id: str, rounds: Collection[int], memory: float) -> Utility:
+def _log(sizes: Mapping[str, int], candidate_id: str) -> float:
+    return math.log(sizes[candidate_id]) if candidate_id in sizes else 0.0
+
+
+def _utility(
+    run: Run, candidate_id: str, rounds: Collection[int], memory: float = 0.0, longest_context: float = 0.0
+) -> Utility:
     shares = run.header.profile.objective.shares()
     total = sum(shares.values())
     ttft = _log_metric(run, candidate_id, lambda figures: figures.ttft_s, rounds)
@@ -105,6 +111,7 @@ def _utility(run: Run, candidate_id: str, rounds: Collection[int], memory: float
             + shares["decode"] * decode[number]
             - shares["stability"] * unsteady[number]
             - shares["memory"] * memory
+            + shares["context"] * longest_context
         )
         / total
         for number in rounds
@@ -176,6 +183,18 @@ def compared_peaks(run: Run) -> Mapping[str, int]:
             return {}
         peaks[name] = peak
     return peaks
+
+
+def compared_contexts(run: Run) -> Mapping[str, int]:
+    """Longest context in tokens of every candidate with figures, predicted where it was not measured.
+
+    Nothing where it has no weight, or is unknown for any of them: then it counts for nobody.
+    """
+    if run.header.profile.objective.context == 0:
+        return {}
+    measured = [name for name in run.live if complete_rounds(run, name)]
+    tokens = {name: found.tokens for name in measured if (found := context.known(run, name)) is not None}
+    return tokens if len(tokens) == len(measured) else {}
 
 
 def own_peak(run: Run, candidate_id: str) -> int | None:

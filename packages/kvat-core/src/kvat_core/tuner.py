@@ -139,6 +139,7 @@ def tune(
         bench = Bench(
             run=run,
             recipes=prepared.recipes,
+            recipe_at=prepared.recipe_at,
             source=prepared.source,
             scratch=scratch,
             record=record,

@@ -28,7 +28,13 @@ _CONDITIONS = {
     "error_kind": "the winner has ended with {}",
     "requests_below": "a process serves fewer than {} calls",
 }
-_METRICS = {"ttft": "time to first token", "decode": "decoding", "memory": "memory", "stability": "steadiness"}
+_METRICS = {
+    "ttft": "time to first token",
+    "decode": "decoding",
+    "memory": "memory",
+    "stability": "steadiness",
+    "context": "longest context",
+}
 
 
 class MarkdownReport:

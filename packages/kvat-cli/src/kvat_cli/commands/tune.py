@@ -50,6 +50,12 @@ def tune(
     min_context: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")
     ] = None,
+    max_context: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|N", help="Find the longest context, up to N tokens; auto: where profile or limit ask."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the order of launches and of the prompts.")] = 0,
     search: Annotated[
         str,
@@ -85,7 +91,7 @@ def tune(
     """
     from kvat_cli.display import open_display
     from kvat_cli.limits import limits
-    from kvat_cli.options import deadlines, duration_s, pairs, settings, whole_numbers
+    from kvat_cli.options import context_bound, deadlines, duration_s, pairs, settings, whole_numbers
     from kvat_cli.preview import print_dry_run
     from kvat_cli.streams import suppress_lost_terminal
     from kvat_cli.summary import print_summary, print_warnings
@@ -120,6 +126,7 @@ def tune(
             min_decode_tps=min_decode_tps,
             min_context=min_context,
         ),
+        max_context=context_bound("--max-context", max_context),
         seed=seed,
         search=search,
         budget_s=duration_s("--budget", budget),

@@ -23,6 +23,7 @@ from kvat_core.run import Run
 from kvat_core.schema import (
     Applied,
     Cell,
+    ContextTrial,
     Event,
     Failed,
     Failure,
@@ -56,6 +57,9 @@ class Bench:
 
     run: Run
     recipes: Mapping[Cell, Recipe]
+    """Of all cells that are timed."""
+    recipe_at: Callable[[Cell], Recipe]
+    """The same for scenarios that are none of the profile's."""
     source: PromptSource
     """With its text, unlike the profile in the journal."""
     scratch: Path
@@ -102,7 +106,7 @@ class _Launch:
         self._order = order
         self._bench = bench
         self._header = bench.run.header
-        self._load = bench.recipes[order.cells[0]]
+        self._load = self._recipe(order.cells[0])
         self._sees_tokens = False
         self.generate_s = 0.0
         self.failure: Failure | None = None
@@ -140,6 +144,8 @@ class _Launch:
     def _measure(self) -> None:
         if self._order.purpose == "memory":
             self._with_peak(self._order.cells[0], self._exercise)
+        elif self._order.purpose == "context":
+            self._guarded(self._order.cells[0], self._reach)
         else:
             # All proofs come first: a cell that runs the very same thing as another is not timed twice.
             for cell in self._order.cells:
@@ -239,6 +245,30 @@ class _Launch:
             limits = self._compile_limits if recipe.compiles and index == 0 else self._call_limits
             self._decode(cell, index, "memory", limits)
 
+    def _reach(self, cell: Cell) -> None:
+        """Whole calls at a length of which nobody knows whether it fits."""
+        recipe = self._prepare(cell)
+        self._bench.announce(f"longest context of {self._label(cell)}")
+        for index in range(self._calls):
+            limits = self._compile_limits if recipe.compiles and index == 0 else self._call_limits
+            self._generate("prefill", cell, index, "context", limits)
+        self._record_trial(cell, None)
+
+    def _record_trial(self, cell: Cell, failure: Failure | None) -> None:
+        self._bench.record(
+            ContextTrial(
+                launch=self._order.launch,
+                candidate=cell.candidate,
+                tokens=self._scenario(cell).total_tokens,
+                calls=self._calls,
+                failure=failure,
+            )
+        )
+
+    @property
+    def _calls(self) -> int:
+        return self._order.samples or 1
+
     def _read_resources(self, cell: Cell) -> None:
         """What cannot be read stays unknown; that is recorded, and costs the cell none of its samples."""
         try:
@@ -278,7 +308,7 @@ class _Launch:
         return folder
 
     def _prepare(self, cell: Cell) -> Recipe:
-        recipe = self._bench.recipes[cell]
+        recipe = self._recipe(cell)
         self._ask("prepare", recipe.model_dump(mode="json"), "prepare", Limits(self._bench.deadlines.load_s))
         return recipe
 
@@ -293,10 +323,16 @@ class _Launch:
             return Limits(deadlines.sample_s)
         return Limits(deadlines.sample_s, deadlines.first_token_s, deadlines.gap_s)
 
+    def _recipe(self, cell: Cell) -> Recipe:
+        return self._bench.recipe_at(cell) if self._order.purpose == "context" else self._bench.recipes[cell]
+
     def _decode(self, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
+        return self._generate("decode", cell, index, phase, limits)
+
+    def _generate(self, operation: Operation, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
         scenario = self._scenario(cell)
         arguments = {"prompt": self._prompt(cell, index), "max_new_tokens": scenario.output_tokens}
-        _, value = self._ask("decode", arguments, phase, limits)
+        _, value = self._ask(operation, arguments, phase, limits)
         timeline = _validated(Timeline, value, phase)
         reason = metrics.invalid_reason(timeline, scenario)
         if reason is not None:
@@ -329,7 +365,11 @@ class _Launch:
             self._fail(cell, failure)
 
     def _fail(self, cell: Cell, failure: Failure) -> None:
-        self._bench.record(Failed(launch=self._order.launch, cell=cell, failure=self._scrubbed(failure)))
+        scrubbed = self._scrubbed(failure)
+        if self._order.purpose == "context":
+            self._record_trial(cell, scrubbed)
+        else:
+            self._bench.record(Failed(launch=self._order.launch, cell=cell, failure=scrubbed))
 
     def _scrubbed(self, failure: Failure) -> Failure:
         """Whatever an engine prints may echo a prompt; only beside our own sample texts may it be kept.
@@ -344,7 +384,7 @@ class _Launch:
         return failure.model_copy(update={"reason": reason, "stderr_tail": tail})
 
     def _scenario(self, cell: Cell) -> Scenario:
-        return self._bench.run.scenarios[cell.scenario]
+        return Scenario.of_key(cell.scenario)
 
     def _label(self, cell: Cell) -> str:
         label = next(e.candidate.label for e in self._bench.run.candidates if e.candidate.id == cell.candidate)

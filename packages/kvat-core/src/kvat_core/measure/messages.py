@@ -21,7 +21,7 @@ _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
 
 Operation = Literal[
-    "start", "probe", "describe", "ceilings", "load", "prepare", "prove", "decode", "resources", "cleanup"
+    "start", "probe", "describe", "ceilings", "load", "prepare", "prove", "decode", "prefill", "resources", "cleanup"
 ]
 
 

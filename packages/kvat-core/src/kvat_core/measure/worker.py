@@ -72,6 +72,8 @@ class Worker:
                 return self.adapter.applied(self._prompt(arguments))
             case "decode":
                 return self.adapter.run_decode(self._prompt(arguments["prompt"]), arguments["max_new_tokens"])
+            case "prefill":
+                return self.adapter.run_prefill(self._prompt(arguments["prompt"]), arguments["max_new_tokens"])
             case "resources":
                 return self.adapter.measure_resources()
             case "cleanup":

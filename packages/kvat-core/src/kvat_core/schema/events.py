@@ -23,6 +23,13 @@ class Target(Record):
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null = the engine's default")
 
 
+class ContextBound(Record):
+    """Up to where the longest context is searched for."""
+
+    up_to_tokens: int | None = Field(description="prompt and output together; null = the model does not tell")
+    by: Literal["model", "user"] = Field(description="whose bound it is")
+
+
 class Header(Record):
     """First record: the request and where it is carried out. Holds no prompt text."""
 
@@ -51,6 +58,9 @@ class Header(Record):
     ceilings: Ceilings | None = Field(
         default=None, description="what this machine can do at most; null where nobody has measured it"
     )
+    longest_context: ContextBound | None = Field(
+        default=None, description="--max-context: whether the longest context is measured, and up to where; null = not"
+    )
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +81,11 @@ class CandidateEntry(Record):
         description="weights, KV cache and activations at the peak of its largest scenario, libraries apart; null = no "
         "prediction",
     )
+    predicted_context_tokens: int | None = Field(
+        default=None,
+        description="longest context, prompt and output together, that the memory is predicted to hold; null = no "
+        "prediction",
+    )
 
 
 class Cell(Record):
@@ -80,7 +95,7 @@ class Cell(Record):
     scenario: str
 
 
-Purpose = Literal["pilot", "screening", "timing", "run_off", "memory"]
+Purpose = Literal["pilot", "screening", "timing", "run_off", "memory", "context"]
 
 
 class LaunchOrder(Record):
@@ -88,14 +103,15 @@ class LaunchOrder(Record):
 
     What a launch is for: `pilot`: the incumbent alone, for noise and drift; `screening`: every candidate once;
     `timing`: those that can still win, in interleaved blocks; `run_off`: the last ones, in blocks that had no part in
-    choosing them; `memory`: one cell, for its peak.
+    choosing them; `memory`: one cell, for its peak; `context`: one candidate in a scenario of its own, to see whether
+    it runs.
     """
 
     launch: int
     round: int = Field(description="block: candidates are compared by what they did in the same one")
     purpose: Purpose
     cells: tuple[Cell, ...] = Field(min_length=1)
-    samples: int | None = Field(default=None, ge=1, description="timed calls per cell; null = as the profile says")
+    samples: int | None = Field(default=None, ge=1, description="calls per cell; null = as the profile says")
 
 
 class Loaded(Record):
@@ -145,6 +161,16 @@ class Measured(Record):
     resources: Resources
 
 
+class ContextTrial(Record):
+    """Whether a candidate ran at a length, all calls in one process. What fails costs the candidate nothing else."""
+
+    launch: int
+    candidate: str
+    tokens: int = Field(description="prompt and output together")
+    calls: int = Field(ge=1, description="in a row; of a trial that failed, those that were wanted")
+    failure: Failure | None = Field(description="null = it ran")
+
+
 class LaunchEnd(Record):
     """A launch is over, in whatever way."""
 
@@ -192,6 +218,7 @@ Event = (
     | Sample
     | Failed
     | Measured
+    | ContextTrial
     | LaunchEnd
     | Health
     | Stopped
@@ -209,6 +236,7 @@ EVENT_TYPES: dict[str, type[Record]] = {
     "sample": Sample,
     "failed": Failed,
     "measured": Measured,
+    "context_trial": ContextTrial,
     "launch_end": LaunchEnd,
     "health": Health,
     "stopped": Stopped,

@@ -24,6 +24,8 @@ LimitName = Literal[
 ]
 """A limit by its key in the profile."""
 Kept = Literal["pass", "fail", "undecided"]
+ContextMethod = Literal["predicted", "probed"]
+BoundedBy = Literal["model", "user", "device_memory", "host_memory", "time", "failure"]
 
 
 class Estimate(Record):
@@ -131,6 +133,9 @@ class CandidateResult(Record):
     unstable: bool = Field(default=False, description="too many were rejected for its figures to be relied on")
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
     limits: tuple[LimitResult, ...] = Field(default=(), description="empty without limits, or without figures")
+    max_context_tokens: int | None = Field(
+        default=None, description="longest context that is shown to run; null = not measured"
+    )
     scenarios: tuple[ScenarioResult, ...] = ()
 
     @property
@@ -230,11 +235,20 @@ class JournalRef(Record):
 
 
 class MaxContext(Record):
-    """Longest context of the winner."""
+    """Longest context of a candidate, prompt and output of one request together."""
 
     tokens: int
-    method: str
-    bounded_by: str
+    safe_tokens: int = Field(
+        description="what to rely on: less a reserve of 3 %, unless model or user bound it, where nothing runs out"
+    )
+    method: ContextMethod = Field(
+        description="probed: it ran, 3 times in a row, and what is 1 % longer did not or was not wanted; predicted: by "
+        "the model's shape and the machine's memory alone"
+    )
+    bounded_by: BoundedBy = Field(
+        description="what ends it: model and user, a length; memory; time, a prefill that takes the incumbent "
+        "more than 2 minutes, or a deadline; failure, anything else, of which the notes tell"
+    )
 
 
 class Plan(Record):
@@ -257,7 +271,9 @@ class Plan(Record):
         default=(), description="without a winner: up to 3 candidates, the one whose largest miss is smallest first"
     )
     equivalents: tuple[str, ...] = Field(description="candidates that cannot be told from the winner, itself apart")
-    max_context: MaxContext | None = Field(default=None, description="null: not determined in this run")
+    max_context: MaxContext | None = Field(
+        default=None, description="of the winner; null: neither measured nor predicted"
+    )
     metrics: WinnerMetrics | None = Field(description="null without a winner")
     drift: Drift | None = Field(default=None, description="null: what runs today had too few launches to tell")
     pareto: tuple[str, ...] = Field(

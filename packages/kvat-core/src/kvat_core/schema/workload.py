@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +26,18 @@ class Scenario(Record):
         """Name of the shape in journal and report, independent of its weight."""
         return f"{self.prompt_tokens}+{self.output_tokens}x{self.batch_size}"
 
+    @classmethod
+    def of_key(cls, key: str) -> Scenario:
+        """The shape of that name.
+
+        Raises:
+            ValueError: no shape has it.
+        """
+        if (found := re.fullmatch(r"(\d+)\+(\d+)x(\d+)", key)) is None:
+            raise ValueError(f"{key!r} names no scenario")
+        prompt, output, batch = map(int, found.groups())
+        return cls(prompt_tokens=prompt, output_tokens=output, batch_size=batch)
+
     @property
     def total_tokens(self) -> int:
         """Positions that one request occupies in the cache."""
@@ -38,6 +51,7 @@ class Objective(Record):
     decode: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="decode tokens per second")
     memory: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="peak of the memory that binds")
     stability: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="p95 / p50 of the token gaps")
+    context: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="longest context in tokens")
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -47,7 +61,13 @@ class Objective(Record):
 
     def shares(self) -> dict[str, float]:
         """Weight per metric, as given."""
-        return {"ttft": self.ttft, "decode": self.decode, "memory": self.memory, "stability": self.stability}
+        return {
+            "ttft": self.ttft,
+            "decode": self.decode,
+            "memory": self.memory,
+            "stability": self.stability,
+            "context": self.context,
+        }
 
 
 class Limit(Record):

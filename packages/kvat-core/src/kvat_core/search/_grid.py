@@ -1,4 +1,4 @@
-"""Exhaustive search: every live candidate once per block, blocks interleaved, then memory in own processes."""
+"""Exhaustive search: every live candidate once per block, blocks interleaved, then memory and contexts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
 from kvat_core.search._base import Search, incumbent_first, memory_order, unmeasured_peaks
+from kvat_core.search._context import context_trials_left, next_context_trial
 
 
 class Grid(Search):
@@ -19,13 +20,13 @@ class Grid(Search):
             groups = self._groups(run, number)
             if groups:
                 return LaunchOrder(launch=len(run.launches), round=number, purpose="timing", cells=tuple(groups[0]))
-        return memory_order(run, _peaks(run))
+        return memory_order(run, _peaks(run)) or next_context_trial(run)
 
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
         timing = sum(len(self._groups(run, number)) for number in range(run.header.profile.launches))
         # Until the winner is known, it counts as another one than the incumbent.
-        return timing + (2 if timing else len(_peaks(run)))
+        return timing + (2 if timing else len(_peaks(run)) + context_trials_left(run))
 
     def _groups(self, run: Run, number: int) -> list[list[Cell]]:
         groups = self.outstanding(run, number, run.live)

@@ -14,6 +14,7 @@ from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder, Purpose
 from kvat_core.scoring import may_win
 from kvat_core.search._base import Allowance, Search, incumbent_first, memory_order, unmeasured_peaks
+from kvat_core.search._context import context_trials_left, next_context_trial
 
 SMALL_SPACE = 24
 """Candidates up to which screening saves nothing: each gets as many blocks as the profile says."""
@@ -51,6 +52,7 @@ class Race(Search):
             or self._race(run)
             or self._run_off(run)
             or self._peak(run)
+            or next_context_trial(run)
         )
 
     def remaining(self, run: Run) -> int:
@@ -65,7 +67,7 @@ class Race(Search):
             return max(1, timing) + self._run_off_left(run, timing) + 2
         if self._run_off(run) is not None:
             return max(1, self._run_off_left(run, 0)) + 2
-        return len(self._peaks(run))
+        return len(self._peaks(run)) + context_trials_left(run)
 
     def _run_off_left(self, run: Run, timing: int) -> int:
         """Launches of the run-off still to come, roughly, with so many of the race before it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kvat_core import context
 from kvat_core.costs import Costs, spent_launches, spent_s
 from kvat_core.decision import decide
 from kvat_core.run import Run
@@ -30,6 +31,8 @@ class Rationed:
         order = self._search.next(run)
         if order is None or self._allowance == Allowance():
             return order
+        if order.purpose == "context":
+            return order if self._affords(run, 1, context.trial_s(run, order)) else None
         peaks = [] if order.purpose == "memory" else self._peaks(run)
         if self._fit(run, [order.cells, *peaks]):
             return order
@@ -52,7 +55,11 @@ class Rationed:
         return [[cell] for cell in unmeasured_peaks(run, {run.incumbent, decision.winner})]
 
     def _fit(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
+        return self._affords(run, len(groups), Costs(run, self._load_keys).seconds(groups))
+
+    def _affords(self, run: Run, number: int, seconds: float) -> bool:
+        """Whether so many launches, which take so long, are left."""
         launches, wall_s = self._allowance.launches, self._allowance.wall_s
-        if launches is not None and spent_launches(run) + len(groups) > launches:
+        if launches is not None and spent_launches(run) + number > launches:
             return False
-        return wall_s is None or spent_s(run) + Costs(run, self._load_keys).seconds(groups) <= wall_s
+        return wall_s is None or spent_s(run) + seconds <= wall_s
