@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from kvat_core import limits, roofline, scoring, screening, stats
+from kvat_core import roofline, scoring
 from kvat_core.costs import spent_launches, spent_s
 from kvat_core.decision import decide
-from kvat_core.field import ALPHA, LEAST_FRESH, MIN_DIFFERENCE, Field
-from kvat_core.pareto import Objectives, dominates
+from kvat_core.field import LEAST_FRESH, Field
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder, Purpose
-from kvat_core.scoring import may_win
 from kvat_core.search._base import Allowance, Search, incumbent_first, memory_order, unmeasured_peaks
 from kvat_core.search._context import context_trials_left, next_context_trial
+from kvat_core.search._entrants import (
+    LEAST_BLOCKS,
+    PILOTS,
+    best_of_screening,
+    decided,
+    feasible,
+    finalists,
+    first_block,
+    race_rounds,
+    racers,
+    rank,
+    seen_enough,
+    settled,
+    survivors,
+    unconfirmed,
+)
 
-SMALL_SPACE = 24
-"""Candidates up to which screening saves nothing: each gets as many blocks as the profile says."""
 SCREENING_SAMPLES = 1
 """Timed calls per cell in screening, where most of what a launch costs is not the timed call."""
-PILOTS = 4
-"""Launches of the incumbent alone that screening is interleaved with."""
-RACERS_SHARE = 0.1
-LEAST_RACERS, MOST_RACERS = 4, 8
-LEAST_BLOCKS, MOST_BLOCKS = 3, 8
-"""Of the race, the first of which drops nobody."""
 FINALISTS = 3
 RUN_OFF_BLOCKS = 6
 NOISY_RUN_OFF_BLOCKS = 8
@@ -59,10 +65,10 @@ class Race(Search):
         """See `Search.remaining`."""
         if self._before_the_blocks(run) is not None:
             pilots = PILOTS - len(run.ended_launches("pilot"))
-            blocks = LEAST_BLOCKS * (1 + _racers(run)) + RUN_OFF_BLOCKS * FINALISTS
+            blocks = LEAST_BLOCKS * (1 + racers(run)) + RUN_OFF_BLOCKS * FINALISTS
             return pilots + self._screenings_left(run) + blocks + 2
         if self._race(run) is not None:
-            rounds = list(_race_rounds(run))[: LEAST_BLOCKS if _first_block(run) else None]
+            rounds = list(race_rounds(run))[: LEAST_BLOCKS if first_block(run) else None]
             timing = sum(len(self.outstanding(run, number, self._racing(run, number))) for number in rounds)
             return max(1, timing) + self._run_off_left(run, timing) + 2
         if self._run_off(run) is not None:
@@ -74,7 +80,7 @@ class Race(Search):
         if run.header.profile.launches < LEAST_BLOCKS:
             return 0
         expected = RUN_OFF_BLOCKS * FINALISTS
-        if not _first_block(run):
+        if not first_block(run):
             blocks = len(run.ended_launches("timing")) + timing
             expected = min(expected, math.ceil(SMALL_RUN_OFF_SHARE * blocks))
         return max(0, expected - len(run.ended_launches("run_off")))
@@ -83,7 +89,7 @@ class Race(Search):
 
     def _before_the_blocks(self, run: Run) -> LaunchOrder | None:
         """Everybody once, and between them what runs today, so that drift shows."""
-        if not _first_block(run):
+        if not first_block(run):
             return None
         if any(order.purpose == "timing" for order in run.launches):
             return None
@@ -96,7 +102,7 @@ class Race(Search):
     def _next_screened(self, run: Run) -> Sequence[Cell]:
         """Cells of the next launch of screening; none when it is over."""
         groups = incumbent_first(self._promising_first(run), run.incumbent)
-        return [] if not groups or _seen_enough(run) or self._has_had_its_share(run) else groups[0]
+        return [] if not groups or seen_enough(run) or self._has_had_its_share(run) else groups[0]
 
     def _screenings_left(self, run: Run) -> int:
         """Launches of screening still to come, if it goes on to its end."""
@@ -105,7 +111,7 @@ class Race(Search):
     def _screened_share(self, run: Run) -> float:
         """How much of screening is done, from 0 to 1; of what is to be seen, however often a launch was repeated."""
         left = sum(map(len, self.outstanding(run, 0, run.live)))
-        return 1 - left / (len(run.scenarios) * _feasible(run))
+        return 1 - left / (len(run.scenarios) * feasible(run))
 
     def _promising_first(self, run: Run) -> list[list[Cell]]:
         """What screening still lacks: in random order; where it may not come to an end, by what bounds each load."""
@@ -139,28 +145,28 @@ class Race(Search):
     # Race
 
     def _race(self, run: Run) -> LaunchOrder | None:
-        for number in _race_rounds(run):
+        for number in race_rounds(run):
             racing = self._racing(run, number)
             if not racing:
                 return None
             groups = self.outstanding(run, number, racing)
             if groups:
-                first = number == _first_block(run)
+                first = number == first_block(run)
                 ordered = incumbent_first(groups, run.incumbent) if first else groups
                 return self._order(run, number, "timing", ordered[0])
         return None
 
     def _racing(self, run: Run, number: int) -> Collection[str]:
         """Who takes part in a block, by the blocks before it; nobody when enough is known."""
-        first = _first_block(run)
+        first = first_block(run)
         if not first:
             return run.live if number < run.header.profile.launches else ()
         if number < first + LEAST_BLOCKS:
-            return _best_of_screening(run)
+            return best_of_screening(run)
         field = Field(run, until=number - 1)
-        if not field.eligible or _settled(field, field.epsilon):
+        if not field.eligible or settled(field, field.epsilon):
             return ()
-        return {run.incumbent, *_survivors(field)}
+        return {run.incumbent, *survivors(field)}
 
     # Run-off
 
@@ -172,20 +178,20 @@ class Race(Search):
         chosen = Field(run, until=last)
         if not chosen.eligible:
             return None
-        finalists = _finalists(chosen)
+        last_ones = finalists(chosen)
         blocks = NOISY_RUN_OFF_BLOCKS if chosen.noise_floor > NOISY else RUN_OFF_BLOCKS
         # Where what runs today leads there is nothing to be claimed.
         least = 0 if chosen.leader == run.incumbent else LEAST_FRESH
         for block in range(blocks):
             number = last + 1 + block
             so_far = Field(run, until=number - 1) if block % 2 == 0 else None
-            if so_far and block >= least and _decided(so_far):
+            if so_far and block >= least and decided(so_far):
                 return None
-            groups = self.outstanding(run, number, finalists)
+            groups = self.outstanding(run, number, last_ones)
             if groups and so_far and self._too_dear(run, groups, so_far):
                 return None
             if groups:
-                mirrored = sorted(groups, key=lambda cells: _rank(cells, finalists), reverse=block % 2 == 1)
+                mirrored = sorted(groups, key=lambda cells: rank(cells, last_ones), reverse=block % 2 == 1)
                 return self._order(run, number, "run_off", mirrored[0])
         return None
 
@@ -194,10 +200,10 @@ class Race(Search):
 
         By counts, as no time is the same twice, and of what blocks need, however often a launch had to be repeated.
         """
-        if _first_block(run):
+        if first_block(run):
             return False
         more = 2 * self._cost({cell for cells in groups for cell in cells})
-        share = (2 if _unconfirmed(field) else 1) * SMALL_RUN_OFF_SHARE
+        share = (2 if unconfirmed(field) else 1) * SMALL_RUN_OFF_SHARE
         return self._spent(run, "run_off") + more > share * self._spent(run, "timing")
 
     def _spent(self, run: Run, purpose: Purpose) -> int:
@@ -215,7 +221,7 @@ class Race(Search):
         """Where memory is part of the score, or limited, the peaks of all that race, after their first block."""
         if not scoring.memory_binds(run):
             return None
-        first = _first_block(run)
+        first = first_block(run)
         if self.outstanding(run, first, self._racing(run, first)):
             return None
         return memory_order(run, unmeasured_peaks(run, ()))
@@ -231,108 +237,3 @@ class Race(Search):
         self, run: Run, number: int, purpose: Purpose, cells: Sequence[Cell], samples: int | None = None
     ) -> LaunchOrder:
         return LaunchOrder(launch=len(run.launches), round=number, purpose=purpose, cells=tuple(cells), samples=samples)
-
-
-def _feasible(run: Run) -> int:
-    return sum(entry.exclusion is None for entry in run.candidates)
-
-
-def _first_block(run: Run) -> int:
-    """Number of the first block of the race; 0 in a small space, which has no screening."""
-    return 0 if _feasible(run) <= SMALL_SPACE else 1 + PILOTS
-
-
-def _racers(run: Run) -> int:
-    return min(MOST_RACERS, max(LEAST_RACERS, math.ceil(RACERS_SHARE * _feasible(run))))
-
-
-def _race_rounds(run: Run) -> range:
-    first = _first_block(run)
-    blocks = MOST_BLOCKS if first else run.header.profile.launches
-    return range(first, first + blocks)
-
-
-def _seen_enough(run: Run) -> bool:
-    """Whether what has not been screened is unlikely to hold anything better by more than ε."""
-    if run.incumbent not in run.live:
-        return False
-    controls = scoring.screened(run, [run.incumbent])[run.incumbent].score
-    if len(controls) < 2:
-        return False
-    scores = [score for _, score in sorted(controls.items())]
-    noise_floor = stats.launch_spread(scores)
-    epsilon = max(MIN_DIFFERENCE, 2 * noise_floor)
-    return screening.chance_of_better_unseen(run, math.log1p(epsilon)) <= ALPHA
-
-
-def _best_of_screening(run: Run) -> Collection[str]:
-    names = [name for name in run.live if run.alias_of(name) is None and may_win(run, name)]
-    seen = screening.standing(run, names)
-    others = [name for name in seen if name != run.incumbent]
-    # Who seems to miss a limit may only race where too few seem to keep all.
-    best = sorted(others, key=lambda name: (limits.apparent_miss(run, name), -seen[name]))[: _racers(run)]
-    return {run.incumbent, *best}
-
-
-def _survivors(field: Field) -> list[str]:
-    """Who is shown neither to be worse than the leader nor to be beaten in everything by somebody.
-
-    Corrected for so many candidates and so many looks (Bonferroni).
-    """
-    looks = MOST_BLOCKS - LEAST_BLOCKS + 1
-    rivals = max(1, len(field.eligible) - 1)
-    achieved = {name: _achieved(field, name) for name in field.eligible}
-
-    def is_out(name: str) -> bool:
-        high = field.compare(name, field.leader).high(1 - ALPHA / rivals / looks)
-        beaten = (dominates(own, achieved[name], ALPHA / rivals**2 / looks) for own in achieved.values())
-        return (high is not None and high < 0) or any(beaten)
-
-    return [name for name in field.eligible if name == field.leader or not is_out(name)]
-
-
-def _achieved(field: Field, name: str) -> Objectives:
-    utility = field.utilities[name]
-    return Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(field.run, name))
-
-
-def _settled(field: Field, margin: float) -> bool:
-    """Whether nobody who can still win is likely to beat the leader by more than a margin."""
-    return all(
-        field.compare(name, field.leader).probability_above(math.log1p(margin)) <= ALPHA
-        for name in field.contenders
-        if name != field.leader
-    )
-
-
-def _decided(field: Field) -> bool:
-    """Whether more blocks would hardly change the choice: neither among the rivals, nor between today and the best."""
-    today = field.run.incumbent
-    if not _settled(field, MIN_DIFFERENCE):
-        return False
-    if field.leader == today or today not in field.utilities:
-        return True
-    if field.shown_better(field.leader, today):
-        return True
-    return field.claimed(field.leader, today).probability_above(math.log1p(field.epsilon)) <= ALPHA
-
-
-def _unconfirmed(field: Field) -> bool:
-    """Whether the leader seems better than what runs today by more than ε, and is not shown to be."""
-    today = field.run.incumbent
-    if today not in field.utilities or field.shown_better(field.leader, today):
-        return False
-    return field.claimed(field.leader, today).mean >= math.log1p(field.epsilon)
-
-
-def _finalists(field: Field) -> list[str]:
-    """Leader, runner-up and what runs today."""
-    rest = sorted(
-        (name for name in field.contenders if name != field.leader), key=lambda name: -field.mean(name, field.leader)
-    )
-    chosen = [field.leader, *rest[:1], *({field.run.incumbent} & set(field.utilities))]
-    return list(dict.fromkeys(chosen))
-
-
-def _rank(cells: Sequence[Cell], finalists: Sequence[str]) -> int:
-    return min(finalists.index(cell.candidate) for cell in cells)
