@@ -94,7 +94,7 @@ def test_what_is_no_limit_is_refused_with_the_form_that_the_option_takes(kvat: R
 def test_a_limit_without_its_unit_is_told_what_it_takes(kvat: Run) -> None:
     line = "kvat: error: --max-ttft takes a time with its unit, e.g. 300ms, 0.3s or p95:300ms; got '300'\n"
     assert kvat("tune", "--max-ttft", "300").err == line
-    line = "kvat: error: --max-ttft takes a percentile above p0 and below p100, e.g. p95; got 'p100'\n"
+    line = "kvat: error: --max-ttft takes a percentile above p0, up to p99.999, e.g. p95; got 'p100'\n"
     assert kvat("tune", "--max-ttft", "p100:300ms").err == line
 
 

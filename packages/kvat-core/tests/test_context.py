@@ -370,14 +370,22 @@ def test_a_measured_context_takes_the_place_of_a_predicted_one(make_run: MakeRun
     assert plan.candidate("long").max_context_tokens == 900
 
 
-def test_a_context_that_is_unknown_for_one_counts_for_nobody(make_run: MakeRun) -> None:
+def test_a_context_that_is_unknown_wins_nothing(make_run: MakeRun) -> None:
     run = make_run(EVEN, profile=WEIGHTED, shape=SHAPE)
     plan = make_plan(with_contexts(run, {"today": 1000, "long": None}), REF)
+    assert (plan.verdict, plan.winner.id if plan.winner else None) == ("tie", "today")
+    unknown = "the longest context is neither measured nor predicted of long: it counts as the longest scenario"
+    assert unknown in plan.notes
+    scores = {one.id: one.score for one in plan.candidates}
+    assert scores["long"] is not None
+    assert scores["long"].value < 1
+
+
+def test_a_context_that_is_unknown_of_what_runs_today_counts_for_nobody(make_run: MakeRun) -> None:
+    run = make_run(EVEN, profile=WEIGHTED, shape=SHAPE)
+    plan = make_plan(with_contexts(run, {"today": None, "long": 4000}), REF)
     assert plan.verdict == "tie"
-    assert any(
-        "does not count in the scores, because it is neither measured nor predicted of long" in note
-        for note in plan.notes
-    )
+    assert any("it does not count in the scores, as it is not known of what runs today" in note for note in plan.notes)
 
 
 def test_a_context_without_weight_changes_nothing(make_run: MakeRun) -> None:

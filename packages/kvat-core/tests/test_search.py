@@ -12,8 +12,10 @@ import pytest
 
 from kvat_core.decision import decide
 from kvat_core.errors import UsageError
+from kvat_core.field import Field
 from kvat_core.run import Run
 from kvat_core.schema import (
+    Applied,
     Candidate,
     CandidateEntry,
     Ceiling,
@@ -31,6 +33,7 @@ from kvat_core.schema import (
     ModelShape,
     Objective,
     Profile,
+    Proof,
     RequestTiming,
     Resources,
     Sample,
@@ -38,6 +41,7 @@ from kvat_core.schema import (
 )
 from kvat_core.scoring import compared_peaks
 from kvat_core.search import Allowance, Grid, Race, Rationed, find_search
+from kvat_core.search._entrants import survivors
 
 SCENARIO = Scenario(prompt_tokens=8, output_tokens=2)
 PROFILE = Profile(name="test", scenarios=(SCENARIO,), objective=Objective(ttft=0.5, decode=0.5), launches=3, samples=2)
@@ -53,6 +57,8 @@ class World:
         self.paces = dict(paces)
         self.failing = set(failing)
         self._noise = noise
+        self.pace_of: Callable[[Cell], float] = lambda cell: self.paces[cell.candidate]
+        self.reads: Callable[[Cell], str] = lambda cell: cell.candidate
         ordered = sorted(self.paces)
         self.load_keys = {
             Cell(candidate=name, scenario=SCENARIO.key): f"load{rank // per_load}" for rank, name in enumerate(ordered)
@@ -79,7 +85,10 @@ class World:
             run.add(Measured(launch=order.launch, cells=order.cells, resources=resources))
         else:
             for cell in order.cells:
-                pace = self.paces[cell.candidate] * math.exp(source.gauss(0, self._noise))
+                applied = Applied(values={"runs": self.reads(cell)})
+                run.add(Proof(launch=order.launch, cell=cell, applied=applied))
+            for cell in (one for one in order.cells if run.original(one) == one):
+                pace = self.pace_of(cell) * math.exp(source.gauss(0, self._noise))
                 for index in range(order.samples or run.header.profile.samples):
                     run.add(_sample(order, cell, index, pace))
         wall_s = LOAD_S + CELL_S * len(order.cells)
@@ -199,6 +208,41 @@ def test_who_is_shown_to_be_slower_leaves_the_race(header: Any) -> None:
     most = max(blocks.values())
     assert {name for name, number in blocks.items() if number == most} >= {"z1", "z2", today}
     assert min(blocks.values()) >= 3
+
+
+def test_whoever_is_shown_to_be_worse_is_no_survivor(header: Any) -> None:
+    world = World({"today": 1.1, "a": 1.0, "b": 1.001, "c": 1.05, "d": 1.4}, noise=0.004)
+    run = searched(world, world.start(header), Grid(world.load_keys, 0))
+    field = Field(run)
+    assert set(survivors(field)) >= {field.leader, "a", "b"}
+    assert not {"c", "d", "today"} & set(survivors(field))
+
+
+def test_a_candidate_that_is_another_one_in_one_scenario_can_win_by_the_other(header: Any) -> None:
+    long = Scenario(prompt_tokens=9, output_tokens=2)
+    profile = PROFILE.model_copy(update={"scenarios": (SCENARIO, long)})
+    for size in (4, 30):
+        names = [f"c{number:02d}" for number in range(size)]
+        world = World(dict.fromkeys(names, 1.0))
+        world.load_keys |= {Cell(candidate=name, scenario=long.key): f"{name}+" for name in names}
+        run = world.start(header, profile=profile)
+        # c02 is c01 in the short scenario, and far better in the long one.
+        world.pace_of = lambda cell: 0.5 if (cell.candidate, cell.scenario) == ("c02", long.key) else 1.0
+        world.reads = lambda cell: "c01" if (cell.candidate, cell.scenario) == ("c02", SCENARIO.key) else cell.candidate
+        searched(world, run, Race(world.load_keys, 0))
+        decision = decide(run)
+        assert decision is not None
+        assert (decision.winner, decision.verdict) == ("c02", "better")
+
+
+@pytest.mark.parametrize("launches", [1, 2, 4, 10])
+def test_a_race_has_at_least_as_many_blocks_as_the_profile_has_launches(header: Any, launches: int) -> None:
+    world = World(spread(30))
+    run = world.start(header, profile=PROFILE.model_copy(update={"launches": launches}))
+    searched(world, run, Race(world.load_keys, 0))
+    assert blocks_of(run, "timing")[run.incumbent] >= launches
+    if launches < 3:
+        assert set(blocks_of(run, "timing").values()) == {launches}
 
 
 def test_what_failed_is_not_raced(header: Any) -> None:

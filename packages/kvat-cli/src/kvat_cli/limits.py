@@ -9,6 +9,7 @@ from decimal import Decimal
 
 from kvat_core import Limit, Limits
 from kvat_core.errors import UsageError
+from kvat_core.schema import MOST_PERCENTILE
 
 _BYTES = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1)}
@@ -55,8 +56,8 @@ def _limit(option: str, text: str | None, units: Mapping[str, Decimal | int], fo
 
 def _percentile(option: str, text: str) -> float:
     found = re.fullmatch(f"p({_NUMBER})", text)
-    if found is None or not 0 < float(found[1]) < 100:
-        raise UsageError(f"{option} takes a percentile above p0 and below p100, e.g. p95; got {text!r}")
+    if found is None or not 0 < float(found[1]) <= MOST_PERCENTILE:
+        raise UsageError(f"{option} takes a percentile above p0, up to p{MOST_PERCENTILE}, e.g. p95; got {text!r}")
     return float(found[1])
 
 

@@ -9,6 +9,9 @@ from typing import Literal
 from kvat_core.errors import UsageError
 from kvat_core.measure.deadlines import Deadlines
 
+_DIGITS = 16
+"""Of a number that anybody may mean; Python itself refuses to read thousands of them."""
+
 
 def whole_numbers(option: str, text: str | None, example: str) -> tuple[int, ...]:
     """Numbers above 0, separated by commas; none where the option was not given.
@@ -19,7 +22,7 @@ def whole_numbers(option: str, text: str | None, example: str) -> tuple[int, ...
     if text is None:
         return ()
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+    if not all(word.isascii() and word.isdigit() and len(word) < _DIGITS and int(word) > 0 for word in words):
         raise UsageError(f"{option} takes whole numbers above 0, separated by commas, e.g. {example}; got {text!r}")
     return tuple(map(int, words))
 
@@ -34,7 +37,7 @@ def context_bound(option: str, text: str) -> int | Literal["auto", "off"]:
         return "auto"
     if text == "off":
         return "off"
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    if not (text.isascii() and text.isdigit() and len(text) < _DIGITS and int(text) > 0):
         raise UsageError(f"{option} takes auto, off, or a number of tokens, e.g. 32768; got {text!r}")
     return int(text)
 

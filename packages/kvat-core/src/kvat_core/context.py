@@ -107,7 +107,7 @@ def known(run: Run, candidate_id: str) -> MaxContext | None:
     most, bounded_by = _bound(run)
     if most is None or predicted < most:
         bounded_by = "host_memory" if run.header.machine.device_memory_bytes is None else "device_memory"
-    tokens = max(predicted if most is None else min(predicted, most), _held_tokens(run, candidate_id))
+    tokens = max(predicted if most is None else min(predicted, most), held_tokens(run, candidate_id))
     return _max_context(tokens, "predicted", bounded_by)
 
 
@@ -130,7 +130,7 @@ def _reach(run: Run, candidate_id: str) -> Reach | None:
     if run.header.longest_context is None:
         return None
     most, most_by = _bound(run)
-    return Reach(_held_tokens(run, candidate_id), most, most_by, run.entry(candidate_id).predicted_context_tokens)
+    return Reach(held_tokens(run, candidate_id), most, most_by, run.entry(candidate_id).predicted_context_tokens)
 
 
 def _bound(run: Run) -> tuple[int | None, BoundedBy]:
@@ -145,7 +145,7 @@ def _bound(run: Run) -> tuple[int | None, BoundedBy]:
     return wanted.up_to_tokens, wanted.by
 
 
-def _held_tokens(run: Run, candidate_id: str) -> int:
+def held_tokens(run: Run, candidate_id: str) -> int:
     """Of the longest scenario that was measured; 0 = none."""
     return max((scenario.total_tokens for scenario in _held(run, candidate_id)), default=0)
 

@@ -55,12 +55,12 @@ def decide(run: Run) -> Decision | None:
 
 def _choose(field: Field, incumbent: str, leader: str) -> tuple[str, Verdict]:
     near = field.near(leader)
-    if incumbent not in field.eligible:
+    if incumbent not in field.preferred:
         return min(near, key=lambda name: _plainness(field.run, name)), "better"
     better = [name for name in near if field.shown_better(name, incumbent)]
     if better:
         return min(better, key=lambda name: _plainness(field.run, name)), "better"
-    ahead = field.claimed(leader, incumbent)
+    ahead = field.claimed(field.fastest, incumbent)
     return incumbent, "undecided" if ahead.mean >= math.log1p(field.epsilon) or ahead.n < 2 else "tie"
 
 
@@ -90,7 +90,7 @@ def _ratios(field: Field, winner: str, incumbent: str) -> Ratios:
 
 def _screened_scores(run: Run) -> dict[str, Ratio]:
     """What screening has seen, in one launch each."""
-    if not run.before_the_blocks:
+    if not run.before_the_blocks or not scoring.screened(run, [run.incumbent])[run.incumbent].score:
         return {}
     found = screening.standing(run, [name for name in run.live if run.alias_of(name) is None])
     return {name: stats.Comparison(ahead, None, 0.0, 1).ratio() for name, ahead in found.items()}
@@ -98,11 +98,9 @@ def _screened_scores(run: Run) -> dict[str, Ratio]:
 
 def _passed_over(field: Field, winner: str) -> dict[str, stats.Comparison]:
     """What screening alone has seen, and could win, against the winner."""
-    run = field.run
-    if run.incumbent not in field.utilities:
-        return {}
-    raced = {name: field.mean(name, run.incumbent) for name in field.utilities}
-    found = screening.passed_over(run, field.compare(winner, run.incumbent), raced)
+    run, reference = field.run, field.reference or winner
+    raced = {name: field.mean(name, reference) for name in field.utilities}
+    found = screening.passed_over(run, field.compare(winner, reference), raced, reference)
     return {name: seen for name, seen in found.items() if scoring.may_win(run, name)}
 
 

@@ -21,13 +21,12 @@ def drift(run: Run) -> Drift | None:
     today = run.incumbent
     if today not in run.live:
         return None
-    seen = [*scoring.screened(run, [today]).values(), *scoring.utilities(run, [today]).values()]
-    launches = sorted((one.launch[number], one.score[number]) for one in seen for number in one.score)
+    launches = scoring.speeds_in_order(run, today)
     if len(launches) < LEAST_LAUNCHES:
         return None
     from scipy.stats import theilslopes  # takes half a second to import, and only a plan asks
 
-    found = theilslopes([score for _, score in launches], alpha=0.95)
+    found = theilslopes(launches, alpha=0.95)
     steps = len(launches) - 1
     return Drift(
         value=math.exp(found.slope * steps),

@@ -41,9 +41,9 @@ class Field:
         measured = [name for name in run.live if run.alias_of(name) is None and scoring.complete_rounds(run, name)]
         every = scoring.utilities(run, measured)
         self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
-        self.eligible = limits.preferred(
-            run, [name for name in self.utilities if scoring.unfit_reason(run, name) is None]
-        )
+        fit = [name for name in self.utilities if scoring.unfit_reason(run, name) is None]
+        self.eligible, self.preferred = limits.judged(run, fit)
+        """Who fails no limit, and takes part in all statistics; and who of these is chosen from."""
 
     @cached_property
     def reference(self) -> str | None:
@@ -53,10 +53,22 @@ class Field:
 
     @cached_property
     def leader(self) -> str:
-        """The eligible candidate with the best estimate among those with the most blocks."""
-        most = max(len(self.utilities[name].score) for name in self.eligible)
-        finalists = [name for name in self.eligible if len(self.utilities[name].score) == most]
-        return max(finalists, key=lambda name: self.mean(name, self.reference or name))
+        """The candidate to choose with the best estimate, among those with the most blocks."""
+        return self._best_of(self.preferred)
+
+    @cached_property
+    def fastest(self) -> str:
+        """The same of all that are eligible, of whom some may not keep a limit."""
+        return self._best_of(self.eligible)
+
+    def _best_of(self, names: list[str]) -> str:
+        most = max(len(self.utilities[name].score) for name in names)
+        as_many = [name for name in names if self._has_almost(name, most)]
+        return max(as_many, key=lambda name: self.mean(name, self.reference or name))
+
+    def _has_almost(self, name: str, blocks: int) -> bool:
+        """Whether a candidate has so many blocks, or one less: nothing hangs on where a run was cut in a block."""
+        return len(self.utilities[name].score) >= blocks - 1
 
     @cached_property
     def contenders(self) -> list[str]:
@@ -139,10 +151,7 @@ class Field:
     def incumbent_in_order(self) -> list[float]:
         """Log score of what runs today in all its launches, in order, without memory."""
         today = self.run.incumbent
-        before = scoring.screened(self.run, [today])[today] if today in self.run.live else None
-        blocks = self.utilities.get(today)
-        seen = [(one.launch[number], one.score[number]) for one in (before, blocks) if one for number in one.score]
-        return [score for _, score in sorted(seen)]
+        return scoring.speeds_in_order(self.run, today) if today in self.run.live else []
 
     @property
     def epsilon(self) -> float:
@@ -167,15 +176,15 @@ class Field:
         return all(low is not None and low > 0 for low in least) and claim.mean >= math.log1p(self.epsilon)
 
     def near(self, candidate: str) -> list[str]:
-        """Eligible candidates as good as this one by the best estimate, and not only because an interval is wide.
+        """Candidates to choose from as good as this one by the best estimate, and not only for a wide interval.
 
         Within one standard error of it (Breiman et al., "Classification and Regression Trees", 1984), or within half
         of what may ever be claimed.
         """
-        return [name for name in self.eligible if name == candidate or self._is_near(name, candidate)]
+        return [name for name in self.preferred if name == candidate or self._is_near(name, candidate)]
 
     def _is_near(self, name: str, candidate: str) -> bool:
-        if len(self.utilities[name].score) < len(self.utilities[candidate].score):
+        if not self._has_almost(name, len(self.utilities[candidate].score)):
             return False  # dropped before, and less is known of it
         behind = self.compare(candidate, name)
         return behind.mean <= max(MIN_DIFFERENCE / 2, behind.error or 0.0) and not self.shown_worse(name, candidate)

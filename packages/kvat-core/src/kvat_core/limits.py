@@ -97,11 +97,11 @@ def apparent_miss(run: Run, candidate_id: str) -> float:
     return max(0.0, *missed) if missed else 0.0
 
 
-def preferred(run: Run, candidate_ids: Iterable[str]) -> list[str]:
-    """Those of some candidates that keep all limits for sure; where none does, those that fail none."""
+def judged(run: Run, candidate_ids: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of some candidates that fail no limit; and those of these that keep all for sure, or all if none does."""
     verdicts = {name: {one.verdict for one in results(run, name)} for name in candidate_ids}
-    sure = [name for name, kinds in verdicts.items() if kinds <= {"pass"}]
-    return sure or [name for name, kinds in verdicts.items() if "fail" not in kinds]
+    fail_none = [name for name, kinds in verdicts.items() if "fail" not in kinds]
+    return fail_none, [name for name in fail_none if verdicts[name] <= {"pass"}] or fail_none
 
 
 def undecided(found: Sequence[LimitResult]) -> str | None:
@@ -224,7 +224,11 @@ def _context(run: Run, candidate_id: str, least: int) -> _Finding:
     if holds is not None and holds < least:
         return _Finding("fail", holds)
     if (longest := context.measured(run, candidate_id)) is not None:
-        return _Finding("pass" if longest.tokens >= least else "fail", longest.tokens)
+        if longest.tokens >= least:
+            return _Finding("pass", longest.tokens)
+        if longest.bounded_by in ("device_memory", "host_memory", "failure", "model"):
+            return _Finding("fail", longest.tokens)
+        return _Finding("undecided", longest.tokens, lacks="longer was not tried")
     cells = {key: Cell(candidate=candidate_id, scenario=key) for key in run.scenarios}
     held = [scenario.total_tokens for key, scenario in run.scenarios.items() if run.samples_of(cells[key])]
     if held and max(held) >= least:

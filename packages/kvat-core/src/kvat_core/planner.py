@@ -51,6 +51,7 @@ _NAMED = 3
 """Candidates that a note names; more are counted."""
 PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); go on with --resume"
 PASSED_OVER = "one launch in screening, in which others looked better; its figures are of that launch"
+SCREENED_SO_FAR = "one launch in screening so far; its figures are of that launch"
 UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
@@ -132,6 +133,8 @@ def _no_winner(run: Run) -> AllFailed | NothingFeasible:
         return NothingFeasible(
             "no measured candidate may be recommended: each may change the output; --set one to accept it"
         )
+    if run.before_the_blocks and run.samples and not run.failures:
+        return NothingFeasible("nothing has been measured in blocks yet, so there is nothing to compare")
     kinds = sorted({failed.failure.kind for failed in run.failures.values()})
     first = next((failed.failure.reason for failed in run.failures.values()), "nothing was measured")
     return AllFailed(f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}")
@@ -245,15 +248,20 @@ def _context_notes(run: Run) -> list[str]:
         f"a length was given up for another reason than memory or time ({_in_words(failure)}): {_few(where)}"
         for failure, where in _grouped(ends)
     ]
-    if run.header.profile.objective.context == 0 or scoring.compared_contexts(run):
+    if run.header.profile.objective.context == 0:
         return notes
     unknown = [
         _choice(run, name).label
         for name in run.live
         if scoring.complete_rounds(run, name) and context.known(run, name) is None
     ]
-    why = f"it is neither measured nor predicted of {_few(unknown)}"
-    return [*notes, f"the longest context matters, and yet does not count in the scores, because {why}"]
+    if not unknown:
+        return notes
+    if scoring.compared_contexts(run):
+        counts = "it counts as the longest scenario"
+    else:
+        counts = "it does not count in the scores, as it is not known of what runs today"
+    return [*notes, f"the longest context is neither measured nor predicted of {_few(unknown)}: {counts}"]
 
 
 def _unread(run: Run) -> list[Failed]:
@@ -340,7 +348,7 @@ def _reason(run: Run, candidate_id: str, original: str | None, winner: str | Non
     if original is not None:
         return f"runs the very same thing as {_choice(run, original).label}, whose figures these are"
     if candidate_id in run.live and not scoring.complete_rounds(run, candidate_id) and _was_screened(run, candidate_id):
-        return PASSED_OVER
+        return PASSED_OVER if run.end is not None else SCREENED_SO_FAR
     return scoring.ineligible_reason(run, candidate_id) or _passed_over(run, candidate_id, winner)
 
 

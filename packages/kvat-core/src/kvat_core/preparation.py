@@ -263,6 +263,8 @@ def _context_bound(wanted: int | Literal["auto", "off"], profile: Profile, shape
         longest = max(scenario.total_tokens for scenario in profile.scenarios)
         if wanted < longest:
             raise UsageError(f"--max-context {wanted} is less than the {longest} tokens of a scenario; ask for more")
+        if least is not None and wanted < least:
+            raise UsageError(f"--max-context {wanted} is less than the limit of {least} (--min-context); ask for more")
         return ContextBound(up_to_tokens=wanted, by="model" if wanted == holds else "user")
     if wanted == "auto" and profile.objective.context > 0:
         return ContextBound(up_to_tokens=holds, by="model")

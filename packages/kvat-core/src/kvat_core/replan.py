@@ -72,8 +72,10 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
     if other := [name for name, value in kept.items() if getattr(fitted, name) != value]:
         notes = (
             *notes,
-            f"{', '.join(other)} are as in the run, not as in profile {profile.name}: nothing was measured anew",
+            f"as in the run, and not as in profile {profile.name}, for nothing was measured anew: {', '.join(other)}",
         )
+    if fitted.limits != measured.limits:
+        notes = (*notes, f"the limits are those of profile {profile.name}, not of the run")
     asked = run.asked(fitted.model_copy(update=kept))
     new = [note for note in notes if note not in run.header.notes]
     asked.header = asked.header.model_copy(update={"notes": (*run.header.notes, *new)})

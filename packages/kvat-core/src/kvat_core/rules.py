@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from kvat_core.decision import Decision, decide
-from kvat_core.pareto import MEMORY_STEP_BYTES
+from kvat_core.pareto import CONTEXT_STEP, MEMORY_STEP_BYTES
 from kvat_core.run import Run
 from kvat_core.schema import CandidateResult, Condition, Ratio, Rule, Scenario, eligible_by_score, needed_bytes
 
@@ -57,6 +57,7 @@ def derive_rules(run: Run, decision: Decision, results: Sequence[CandidateResult
         *_for_few_requests(field),
         *_by_batch(field),
         *_by_prompt(field),
+        *_for_longer_prompts(field),
         *_without_a_setting(field),
         *_for_less_memory(field, ladder),
     )
@@ -187,12 +188,29 @@ def _by_size(field: _Field, size: Callable[[Scenario], int], keys: tuple[str, st
 def _better_for(field: _Field, scenarios: tuple[Scenario, ...]) -> tuple[CandidateResult, Ratio] | None:
     """Who is decided to be better for some of the traffic than the winner, if it were what runs today."""
     part = field.run.header.profile.model_copy(update={"scenarios": scenarios})
-    decision = decide(field.run.asked(part, incumbent=field.winner.id))
+    asked = field.run.asked(part)
+    # There another candidate may stand for the winner.
+    decision = decide(field.run.asked(part, incumbent=asked.alias_of(field.winner.id) or field.winner.id))
     if decision is None or decision.verdict != "better" or decision.ratios is None:
         return None
     # Who has no figures for the rest of the traffic is in nobody's plan.
     candidate = field.best(lambda one: one.id == decision.winner)
     return None if candidate is None else (candidate, decision.ratios.score)
+
+
+def _for_longer_prompts(field: _Field) -> Iterator[Rule]:
+    """From where the winner's longest context ends, the best that holds more; from there again, and so on."""
+    above = field.winner
+    for candidate in field.ranked:
+        longest, longer = above.max_context_tokens, candidate.max_context_tokens
+        if longest is not None and longer is not None and longer > longest * (1 + CONTEXT_STEP):
+            yield Rule(
+                when=Condition(prompt_longer_than=longest - 1),
+                use=candidate.id,
+                because=f"{candidate.label} holds {longer} tokens, {above.label} {longest}",
+                evidence={"max_context_tokens": longer, "instead_of_max_context_tokens": longest, **_score(candidate)},
+            )
+            above = candidate
 
 
 # Settings -----------------------------------------------------------------------------------------

@@ -338,10 +338,6 @@ class Run:
         """The cell that stands for this one: the first of the space that was proven to run the very same thing."""
         return self._same_as(cell)[0]
 
-    def is_original(self, cell: Cell) -> bool:
-        """Whether a cell stands for itself."""
-        return cell not in self._twins or self._twins[cell][0] == cell
-
     def alias_of(self, candidate_id: str) -> str | None:
         """The other candidate that stands for this one in every scenario, if there is one."""
         originals = {self.original(cell).candidate for cell in self.cells(candidate_id)}

@@ -86,6 +86,12 @@ def screened(run: Run, candidate_ids: Iterable[str]) -> dict[str, Utility]:
     }
 
 
+def speeds_in_order(run: Run, candidate_id: str) -> list[float]:
+    """Log score of each launch of a candidate, whatever it was for, in order; without memory and context."""
+    every = _utility(run, candidate_id, _rounds(run, candidate_id), 0.0)
+    return [score for _, score in sorted((every.launch[number], score) for number, score in every.score.items())]
+
+
 def _rounds(run: Run, candidate_id: str) -> list[int]:
     first, *others = (run.complete_rounds(cell) for cell in run.cells(candidate_id))
     return sorted(number for number in first if all(number in other for other in others))
@@ -188,13 +194,14 @@ def compared_peaks(run: Run) -> Mapping[str, int]:
 def compared_contexts(run: Run) -> Mapping[str, int]:
     """Longest context in tokens of every candidate with figures, predicted where it was not measured.
 
-    Nothing where it has no weight, or is unknown for any of them: then it counts for nobody.
+    Where it is unknown it counts as the longest scenario that was measured, which wins nothing. Nothing where it has no
+    weight, or is unknown for the incumbent, without whom nobody can be said to hold more.
     """
-    if run.header.profile.objective.context == 0:
+    if run.header.profile.objective.context == 0 or context.known(run, run.incumbent) is None:
         return {}
     measured = [name for name in run.live if complete_rounds(run, name)]
-    tokens = {name: found.tokens for name in measured if (found := context.known(run, name)) is not None}
-    return tokens if len(tokens) == len(measured) else {}
+    found = {name: context.known(run, name) for name in measured}
+    return {name: context.held_tokens(run, name) if one is None else one.tokens for name, one in found.items()}
 
 
 def own_peak(run: Run, candidate_id: str) -> int | None:

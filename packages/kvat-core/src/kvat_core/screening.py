@@ -44,7 +44,7 @@ def standing(run: Run, names: Iterable[str]) -> dict[str, float]:
     }
 
 
-def passed_over(run: Run, winner: Comparison, raced: Mapping[str, float]) -> dict[str, Comparison]:
+def passed_over(run: Run, winner: Comparison, raced: Mapping[str, float], reference: str) -> dict[str, Comparison]:
     """Candidates that screening has seen and that no block has, against the winner.
 
     What looks best among many in a single launch was lucky in part, the more so the less the candidates differ. How
@@ -53,13 +53,16 @@ def passed_over(run: Run, winner: Comparison, raced: Mapping[str, float]) -> dic
 
     Args:
         run: the journal so far.
-        winner: against what runs today.
-        raced: log score ÷ that of what runs today of each candidate that has blocks.
+        winner: against the reference.
+        raced: log score ÷ that of the reference of each candidate that has blocks.
+        reference: what runs today, or another one where that has no figures.
     """
     if not run.before_the_blocks:
         return {}
-    found = standing(run, [name for name in run.live if run.alias_of(name) is None])
-    luck = [found[name] - shown for name, shown in raced.items() if name != run.incumbent and name in found]
+    seen = standing(run, [name for name in run.live if run.alias_of(name) is None])
+    base = 0.0 if reference == run.incumbent else seen.get(reference, 0.0)
+    found = {name: ahead - base for name, ahead in seen.items()}
+    luck = [found[name] - shown for name, shown in raced.items() if name != reference and name in found]
     rest = {name: ahead for name, ahead in found.items() if name not in raced and name != run.incumbent}
     if len(luck) < LEAST_RACED:
         return {name: Comparison(ahead - winner.mean, None, 0.0, 1) for name, ahead in rest.items()}

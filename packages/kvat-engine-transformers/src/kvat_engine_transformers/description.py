@@ -151,7 +151,8 @@ def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
 
 def _attention_kinds(text: PreTrainedConfig) -> tuple[Literal["full", "sliding", "other"], ...]:
     layers: int = text.num_hidden_layers
-    if _latent(text):
+    # Some models have their last layers use the keys of earlier ones.
+    if _latent(text) or getattr(text, "num_kv_shared_layers", None):
         return tuple("other" for _ in range(layers))
     kinds: dict[str, Literal["full", "sliding"]] = {"full_attention": "full", "sliding_attention": "sliding"}
     default = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
@@ -203,8 +204,7 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape | None:
     """Layers, heads and windows, or None where they do not tell what is kept: no guess is made."""
     text = config.get_text_config(decoder=True)
     kinds = _attention_kinds(text)
-    shares = getattr(text, "num_kv_shared_layers", None)  # the last layers use the keys of earlier ones
-    if "other" in kinds or shares:
+    if "other" in kinds:
         return None
     kv_heads, head_dim = _kv_heads(text), _head_dim(text)
     if kv_heads is None or head_dim is None:

@@ -91,10 +91,8 @@ def _undecided(plan: Plan, winner: Choice, show: Show) -> str:
     launches = "1 launch" if best.score.n == 1 else f"{best.score.n} launches"
     if best.score.value <= 1:
         return f"{keep}; after {launches} no alternative seems faster, which is too few to say so."
-    return (
-        f"{keep}; {show(best.label)} scores {numbers.ratio(best.score)}, which {launches} cannot confirm: "
-        "measure again with more launches in the profile."
-    )
+    more = "go on with --resume" if plan.partial else "measure again with more launches in the profile"
+    return f"{keep}; {show(best.label)} scores {numbers.ratio(best.score)}, which {launches} cannot confirm: {more}."
 
 
 def _best_other(plan: Plan, winner: Choice) -> CandidateResult | None:

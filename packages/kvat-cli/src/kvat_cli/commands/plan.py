@@ -30,7 +30,8 @@ def plan(
         write_new(out, text + "\n", "--out")
     if as_json:
         print(text)
-        return
-    print_decision(decided)
-    if out is not None:
-        print_files([out])
+    else:
+        print_decision(decided)
+        if out is not None:
+            print_files([out])
+    decided.require_winner()

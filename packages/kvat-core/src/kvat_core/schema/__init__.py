@@ -66,11 +66,12 @@ from kvat_core.schema.plan import (
 )
 from kvat_core.schema.roofline import Ceiling, Ceilings, Footprint
 from kvat_core.schema.space import SPACES, Candidate, ContextCall, Knob, KnobValue, Recipe, Space
-from kvat_core.schema.workload import Limit, Limits, Objective, Profile, PromptSource, Scenario
+from kvat_core.schema.workload import MOST_PERCENTILE, Limit, Limits, Objective, Profile, PromptSource, Scenario
 
 __all__ = [
     "EVENT_TYPES",
     "FORMAT",
+    "MOST_PERCENTILE",
     "SPACES",
     "Applied",
     "BoundedBy",

@@ -166,6 +166,11 @@ class CandidateResult(Record):
         short = max((needed_bytes(peak) - free for peak, free in told if peak is not None), default=0)
         return None if short <= 0 and any(peak is None for peak, _ in told) else max(0, short)
 
+    def holds(self, prompt_tokens: int | None) -> bool:
+        """Whether a prompt fits its longest context, as far as that is known, with room for a token."""
+        longest = self.max_context_tokens
+        return prompt_tokens is None or longest is None or prompt_tokens < longest
+
     def runs_without(self, features: tuple[str, ...]) -> bool:
         """Whether it has none of these settings, each KNOB=VALUE."""
         return not any(f"{knob}={value}" in features for knob, value in self.settings.items())
@@ -332,17 +337,29 @@ class Plan(Record):
 
         Where the winner cannot either, it is the one with the best score of those that can; where memory is too short
         for all, the one for which least is lacking. A candidate whose peak is unknown counts as fitting wherever the
-        winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.
+        winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen. After
+        an error the winner, which has ended so, is chosen only where nothing else is left.
+
+        Raises:
+            NothingFeasible: there is no winner, or all candidates have a setting that is missing, or hold too little.
         """
-        usable = [one for one in self._by_preference(situation) if one.runs_without(situation.missing_features)]
         winner = self.candidate(self.require_winner().id)
+        usable = [
+            one
+            for one in self._by_preference(situation)
+            if one.runs_without(situation.missing_features) and one.holds(situation.prompt_tokens)
+        ]
+        if not usable:
+            raise NothingFeasible("no candidate of the plan can run in this situation; tune again for it")
+        if situation.error_kind is not None:
+            usable.sort(key=lambda one: one.id == winner.id)
         of_winner = winner.lacking_bytes(situation) or 0
 
         def lacking_bytes(one: CandidateResult) -> int:
             own = one.lacking_bytes(situation)
             return of_winner if own is None else own
 
-        return min(usable, key=lacking_bytes, default=winner)
+        return min(usable, key=lacking_bytes)
 
     def _by_preference(self, situation: Situation) -> list[CandidateResult]:
         """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score."""

@@ -70,6 +70,10 @@ class Objective(Record):
         }
 
 
+MOST_PERCENTILE = 99.999
+"""Beyond it a limit would take more than 300 000 calls to pass."""
+
+
 class Limit(Record):
     """A value that a share of the timed calls has to keep. A batch is one call, as its requests share their steps."""
 
@@ -77,7 +81,7 @@ class Limit(Record):
     percentile: float = Field(
         default=50.0,
         gt=0,
-        lt=100,
+        le=MOST_PERCENTILE,
         allow_inf_nan=False,
         description="share of the calls, in %, that has to be at the value or better; 50 is the median",
     )

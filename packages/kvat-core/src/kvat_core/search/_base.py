@@ -62,18 +62,20 @@ class Search(ABC):
         """Launches still to come if nothing fails, for the display."""
 
     def outstanding(self, run: Run, number: int, candidates: Collection[str]) -> list[list[Cell]]:
-        """Cells that a round still lacks, grouped by load.
+        """Cells that a round still lacks of some candidates, grouped by load.
+
+        Where another candidate is proven to run the very same thing in a scenario, its cell is measured instead.
 
         Groups and the cells in them come in random order, the same however much of the round is done, so that drift
         meets all alike. Who has ended a process before has its next one for itself.
         """
         groups: dict[tuple[str, str], list[Cell]] = {}
         suspects = run.suspects
-        for candidate in (name for name in run.live if name in candidates):
-            for cell in run.cells(candidate):
-                if run.is_original(cell) and number not in run.complete_rounds(cell):
-                    alone = candidate if candidate in suspects else ""
-                    groups.setdefault((self._load_keys[cell], alone), []).append(cell)
+        wanted = (cell for name in run.live if name in candidates for cell in run.cells(name))
+        for cell in dict.fromkeys(map(run.original, wanted)):
+            if number not in run.complete_rounds(cell):
+                alone = cell.candidate if cell.candidate in suspects else ""
+                groups.setdefault((self._load_keys[cell], alone), []).append(cell)
         order = random.Random(f"{self._seed}/{number}")
         ordered = [groups[key] for key in sorted(groups)]
         order.shuffle(ordered)

@@ -19,7 +19,7 @@ PILOTS = 4
 RACERS_SHARE = 0.1
 LEAST_RACERS, MOST_RACERS = 4, 8
 LEAST_BLOCKS, MOST_BLOCKS = 3, 8
-"""Of the race, the first of which drops nobody."""
+"""Of a race, if the profile asks for no more and no less: after the least, somebody may be dropped."""
 
 
 def feasible(run: Run) -> int:
@@ -40,8 +40,18 @@ def racers(run: Run) -> int:
 def race_rounds(run: Run) -> range:
     """Numbers of the blocks that a race may have."""
     first = first_block(run)
-    blocks = MOST_BLOCKS if first else run.header.profile.launches
-    return range(first, first + blocks)
+    return range(first, first + (most_blocks(run) if first else least_blocks(run)))
+
+
+def least_blocks(run: Run) -> int:
+    """Blocks that everybody who races takes part in: as many as the profile has launches."""
+    return run.header.profile.launches
+
+
+def most_blocks(run: Run) -> int:
+    """Blocks of a race in a space that is screened; who asks for fewer than three gets those."""
+    launches = run.header.profile.launches
+    return launches if launches < LEAST_BLOCKS else max(MOST_BLOCKS, launches)
 
 
 def seen_enough(run: Run) -> bool:
@@ -72,19 +82,20 @@ def survivors(field: Field) -> list[str]:
 
     Corrected for so many candidates and so many looks (Bonferroni).
     """
-    looks = MOST_BLOCKS - LEAST_BLOCKS + 1
+    looks = most_blocks(field.run) - least_blocks(field.run) + 1
     rivals = max(1, len(field.eligible) - 1)
-    achieved = {name: achieved(field, name) for name in field.eligible}
+    seen = {name: achieved(field, name) for name in field.eligible}
 
     def is_out(name: str) -> bool:
         high = field.compare(name, field.leader).high(1 - ALPHA / rivals / looks)
-        beaten = (dominates(own, achieved[name], ALPHA / rivals**2 / looks) for own in achieved.values())
+        beaten = (dominates(other, seen[name], ALPHA / rivals**2 / looks) for other in seen.values())
         return (high is not None and high < 0) or any(beaten)
 
     return [name for name in field.eligible if name == field.leader or not is_out(name)]
 
 
 def achieved(field: Field, name: str) -> Objectives:
+    """What a candidate has shown, to be compared in everything."""
     utility = field.utilities[name]
     return Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(field.run, name))
 
@@ -129,4 +140,5 @@ def finalists(field: Field) -> list[str]:
 
 def rank(cells: Sequence[Cell], finalists: Sequence[str]) -> int:
     """Place of a launch in a block of the run-off: that of the first finalist in it."""
-    return min(finalists.index(cell.candidate) for cell in cells)
+    places = (finalists.index(cell.candidate) for cell in cells if cell.candidate in finalists)
+    return min(places, default=len(finalists))

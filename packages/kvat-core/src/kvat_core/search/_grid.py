@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
+from kvat_core.scoring import memory_binds
 from kvat_core.search._base import Search, incumbent_first, memory_order, unmeasured_peaks
 from kvat_core.search._context import context_trials_left, next_context_trial
 
@@ -25,8 +26,10 @@ class Grid(Search):
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
         timing = sum(len(self._groups(run, number)) for number in range(run.header.profile.launches))
+        if not timing:
+            return len(_peaks(run)) + context_trials_left(run)
         # Until the winner is known, it counts as another one than the incumbent.
-        return timing + (2 if timing else len(_peaks(run)) + context_trials_left(run))
+        return timing + (len(run.live) if memory_binds(run) else 2)
 
     def _groups(self, run: Run, number: int) -> list[list[Cell]]:
         groups = self.outstanding(run, number, run.live)

@@ -21,6 +21,7 @@ from kvat_core.search._entrants import (
     feasible,
     finalists,
     first_block,
+    least_blocks,
     race_rounds,
     racers,
     rank,
@@ -64,16 +65,23 @@ class Race(Search):
     def remaining(self, run: Run) -> int:
         """See `Search.remaining`."""
         if self._before_the_blocks(run) is not None:
-            pilots = PILOTS - len(run.ended_launches("pilot"))
-            blocks = LEAST_BLOCKS * (1 + racers(run)) + RUN_OFF_BLOCKS * FINALISTS
-            return pilots + self._screenings_left(run) + blocks + 2
+            pilots = max(0, PILOTS - len(run.ended_launches("pilot")))
+            blocks = least_blocks(run) * (1 + racers(run)) + RUN_OFF_BLOCKS * FINALISTS
+            return pilots + self._screenings_left(run) + blocks + self._peaks_to_come(run)
         if self._race(run) is not None:
-            rounds = list(race_rounds(run))[: LEAST_BLOCKS if first_block(run) else None]
+            rounds = list(race_rounds(run))[: least_blocks(run)]
             timing = sum(len(self.outstanding(run, number, self._racing(run, number))) for number in rounds)
-            return max(1, timing) + self._run_off_left(run, timing) + 2
+            return max(1, timing) + self._run_off_left(run, timing) + self._peaks_to_come(run)
         if self._run_off(run) is not None:
-            return max(1, self._run_off_left(run, 0)) + 2
+            return max(1, self._run_off_left(run, 0)) + self._peaks_to_come(run)
         return len(self._peaks(run)) + context_trials_left(run)
+
+    def _peaks_to_come(self, run: Run) -> int:
+        """Launches for memory still to come: until the winner is known, it counts as another one than the incumbent."""
+        done = len(run.ended_launches("memory"))
+        if not scoring.memory_binds(run):
+            return max(0, 2 - done)
+        return max(0, (1 + racers(run) if first_block(run) else feasible(run)) - done)
 
     def _run_off_left(self, run: Run, timing: int) -> int:
         """Launches of the run-off still to come, roughly, with so many of the race before it."""
@@ -93,6 +101,8 @@ class Race(Search):
             return None
         if any(order.purpose == "timing" for order in run.launches):
             return None
+        if self._has_had_its_share(run):
+            return None
         cells = self._next_screened(run)
         pilot = self._pilot(run, self._screened_share(run) if cells else 1.0)
         if pilot is not None or not cells:
@@ -102,7 +112,7 @@ class Race(Search):
     def _next_screened(self, run: Run) -> Sequence[Cell]:
         """Cells of the next launch of screening; none when it is over."""
         groups = incumbent_first(self._promising_first(run), run.incumbent)
-        return [] if not groups or seen_enough(run) or self._has_had_its_share(run) else groups[0]
+        return [] if not groups or seen_enough(run) else groups[0]
 
     def _screenings_left(self, run: Run) -> int:
         """Launches of screening still to come, if it goes on to its end."""
@@ -160,8 +170,11 @@ class Race(Search):
         """Who takes part in a block, by the blocks before it; nobody when enough is known."""
         first = first_block(run)
         if not first:
-            return run.live if number < run.header.profile.launches else ()
-        if number < first + LEAST_BLOCKS:
+            return run.live if number < least_blocks(run) else ()
+        # Who comes in later, for one that failed, comes in with the next block: never into one that is over.
+        if any(order.round > number and order.purpose in ("timing", "run_off") for order in run.launches):
+            return {cell.candidate for order in run.launches if order.round == number for cell in order.cells}
+        if number < first + least_blocks(run):
             return best_of_screening(run)
         field = Field(run, until=number - 1)
         if not field.eligible or settled(field, field.epsilon):
@@ -188,30 +201,27 @@ class Race(Search):
             if so_far and block >= least and decided(so_far):
                 return None
             groups = self.outstanding(run, number, last_ones)
-            if groups and so_far and self._too_dear(run, groups, so_far):
+            if groups and so_far and self._too_dear(run, last_ones, block, so_far):
                 return None
             if groups:
                 mirrored = sorted(groups, key=lambda cells: rank(cells, last_ones), reverse=block % 2 == 1)
                 return self._order(run, number, "run_off", mirrored[0])
         return None
 
-    def _too_dear(self, run: Run, groups: Sequence[Sequence[Cell]], field: Field) -> bool:
-        """Whether two more blocks are out of proportion to a small space.
+    def _too_dear(self, run: Run, names: Sequence[str], done: int, field: Field) -> bool:
+        """Whether two more blocks of these candidates, after those done, are out of proportion to a small space.
 
         By counts, as no time is the same twice, and of what blocks need, however often a launch had to be repeated.
         """
         if first_block(run):
             return False
-        more = 2 * self._cost({cell for cells in groups for cell in cells})
-        share = (2 if unconfirmed(field) else 1) * SMALL_RUN_OFF_SHARE
-        return self._spent(run, "run_off") + more > share * self._spent(run, "timing")
-
-    def _spent(self, run: Run, purpose: Purpose) -> int:
         blocks: dict[int, set[Cell]] = {}
         for order in run.launches:
-            if order.purpose == purpose:
+            if order.purpose == "timing":
                 blocks.setdefault(order.round, set()).update(order.cells)
-        return sum(map(self._cost, blocks.values()))
+        run_off = (done + 2) * self._cost({run.original(cell) for name in names for cell in run.cells(name)})
+        share = (2 if unconfirmed(field) else 1) * SMALL_RUN_OFF_SHARE
+        return run_off > share * sum(map(self._cost, blocks.values()))
 
     def _cost(self, cells: Collection[Cell]) -> int:
         """Of a block of these cells, roughly, in cells."""
