@@ -190,6 +190,17 @@ def test_a_large_space_is_screened_once_and_raced_by_the_best_and_what_runs_toda
     assert blocks_of(run, "timing")[best[0]] >= 3
 
 
+def test_a_race_is_over_when_its_run_off_has_begun(header: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As when the run-off shows that the race was not settled after all.
+    monkeypatch.setattr("kvat_core.search._race.settled", lambda field, margin: not field.run.after_the_choice)
+    world = World(spread(40))
+    run = searched(world, world.start(header), Race(world.load_keys, 0))
+    stages = [order.purpose for order in run.launches if order.purpose in ("timing", "run_off")]
+    assert stages == sorted(stages, key=["timing", "run_off"].index)
+    blocks = list(dict.fromkeys(order.round for order in run.launches if order.purpose in ("timing", "run_off")))
+    assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+
+
 def test_pilots_are_spread_over_screening(header: Any) -> None:
     world = World(spread(60))
     run = searched(world, world.start(header), Race(world.load_keys, 0))

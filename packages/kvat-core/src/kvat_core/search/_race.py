@@ -156,6 +156,8 @@ class Race(Search):
 
     def _race(self, run: Run) -> LaunchOrder | None:
         for number in race_rounds(run):
+            if number in run.after_the_choice:
+                return None
             racing = self._racing(run, number)
             if not racing:
                 return None
@@ -171,8 +173,10 @@ class Race(Search):
         first = first_block(run)
         if not first:
             return run.live if number < least_blocks(run) else ()
-        # Who comes in later, for one that failed, comes in with the next block: never into one that is over.
-        if any(order.round > number and order.purpose in ("timing", "run_off") for order in run.launches):
+        # Who comes in later, for one that failed, comes in with the next block, never into one that is over; and once a
+        # run-off has begun there is no next one.
+        begun = {order.round for order in run.launches if order.purpose == "timing"}
+        if run.after_the_choice or any(one > number for one in begun):
             return {cell.candidate for order in run.launches if order.round == number for cell in order.cells}
         if number < first + least_blocks(run):
             return best_of_screening(run)
