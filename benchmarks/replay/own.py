@@ -29,7 +29,7 @@ from kvat_core.schema import (
     Scenario,
     Target,
 )
-from kvat_core.search import Grid, Race, Search
+from kvat_core.search import Race, Search
 
 SCENARIO = Scenario(prompt_tokens=1, output_tokens=2)
 
@@ -141,8 +141,3 @@ def _header(seed: int, launches: int) -> Header:
 def race(world: World, seed: int) -> Choice:
     """What `kvat tune` does by itself."""
     return kvat(Race, world, seed)
-
-
-def grid(world: World, seed: int) -> Choice:
-    """`kvat tune --search grid`, three launches, and its decision."""
-    return kvat(Grid, world, seed)

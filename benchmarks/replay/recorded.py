@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -87,15 +88,6 @@ class Table:
             fmean(values[block] - self.truth[name] for name, values in logs.items()) for block in range(self.blocks)
         ]
 
-    def launch_noise(self) -> float:
-        """Standard deviation of a launch's log score, without those of candidate and block."""
-        left = [
-            median(_score(call) for call in row["calls"][block]) - self.truth[name] - self.effects[block]
-            for name, row in self.rows.items()
-            for block in range(self.blocks)
-        ]
-        return math.sqrt(sum(one * one for one in left) / ((len(self.rows) - 1) * (self.blocks - 1)))
-
 
 def _score(call: list[float]) -> float:
     ttft_s, decode_tps = call
@@ -145,3 +137,14 @@ class Recorded(World):
 def read_table(name: str) -> Table:
     """A table of `tables/`."""
     return Table(name, json.loads((TABLES / f"{name}.json").read_text()))
+
+
+def main() -> None:
+    """Make a table of a journal: `python benchmarks/replay/recorded.py JOURNAL NAME`."""
+    journal, name = sys.argv[1:]
+    TABLES.mkdir(exist_ok=True)
+    write_table(Path(journal), TABLES / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()
