@@ -48,6 +48,8 @@ from kvat_core.schema import (
 from kvat_core.search import Grid, Race, Search
 from kvat_core.stats import DRAWS
 
+pytestmark = pytest.mark.slow  # of numbers alone: one Python tells as much as four
+
 REF = JournalRef(file="journal.jsonl", sha256="0", samples=0)
 SCENARIOS = (Scenario(prompt_tokens=8, output_tokens=3), Scenario(prompt_tokens=64, output_tokens=3, weight=2))
 TODAY = "c00"

@@ -142,7 +142,7 @@ def screened(orders: Iterable[LaunchOrder]) -> list[str]:
 @pytest.mark.slow
 def test_a_fifth_of_a_large_space_is_enough_to_find_the_best(begun: Callable[[Space], Run]) -> None:
     found = []
-    for seed in range(10):
+    for seed in range(4):
         space = Space(seed, failing=0.02)
         run = begun(space)
         orders = searched(space, run, Optuna(space.load_keys, seed))
@@ -151,7 +151,7 @@ def test_a_fifth_of_a_large_space_is_enough_to_find_the_best(begun: Callable[[Sp
         assert len(space.settings) == 1024
         assert len(set(screened(orders))) <= 0.25 * 1024
         found.append(space.regret(decision.winner) <= 0.02)
-    assert sum(found) >= 9
+    assert all(found)
 
 
 def test_screening_ends_before_a_space_is_seen_through(begun: Callable[[Space], Run]) -> None:
