@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
-import numpy as np
 from scipy.special import stdtrit
 
 from kvat_core import scoring, stats
@@ -86,7 +85,7 @@ def chance_of_better_unseen(run: Run, by: float) -> float:
     best = _best_by_launch(run, found)
     if len(best) < LEAST_LAUNCHES or not _every_value_seen(run, found, left):
         return 1.0
-    return len(left) / (len(left) + len(found)) * math.exp(-by / _mean_excess(best, 0.5))
+    return len(left) / (len(left) + len(found)) * math.exp(-by / _mean_excess(best))
 
 
 def _best_by_launch(run: Run, found: Mapping[str, float]) -> list[float]:
@@ -108,9 +107,9 @@ def _every_value_seen(run: Run, found: Mapping[str, float], left: AbstractSet[st
     return all(seen[value] >= LEAST_PER_VALUE for value in values(left))
 
 
-def _mean_excess(values: Sequence[float], above: float = 0.9) -> float:
-    """By how much values exceed a quantile of theirs, on average, where they do."""
-    limit = float(np.quantile(values, above))
+def _mean_excess(values: Sequence[float]) -> float:
+    """By how much values exceed their median, on average, where they do."""
+    limit = median(values)
     excess = [value - limit for value in values if value > limit]
     return fmean(excess) if excess else math.inf
 
