@@ -97,7 +97,12 @@ def survivors(field: Field) -> list[str]:
 def achieved(field: Field, name: str) -> Objectives:
     """What a candidate has shown, to be compared in everything."""
     utility = field.utilities[name]
-    return Objectives(ttft=utility.ttft, decode=utility.decode, peak_bytes=scoring.own_peak(field.run, name))
+    return Objectives(
+        ttft=utility.ttft,
+        decode=utility.decode,
+        peak_bytes=scoring.own_peak(field.run, name),
+        context_tokens=scoring.compared_contexts(field.run).get(name),
+    )
 
 
 def settled(field: Field, margin: float) -> bool:
