@@ -53,7 +53,7 @@ def main() -> int:
         pairs = measure(model, plan.profile.scenarios[0], runs, options.processes, options.samples)
     assert pairs[0]["default"]["dtype"] == plan.incumbent.settings["dtype"], "what runs today is what comes by itself"
     fresh = stats.compare([log_ratio(pair, plan.profile.objective) for pair in pairs]).ratio()
-    noise_floor = plan.confidence.noise_floor
+    noise_floor = plan.confidence.noise_floor or 0.0
     low, high = claim.low / (1 + noise_floor), claim.high * (1 + noise_floor)
     print(f"{plan.verdict}: {plan.candidate(chosen).label}, claimed {shown(claim)}, afresh {shown(fresh)}")
     bounds = [

@@ -31,8 +31,10 @@ from kvat_core.schema import (
     Profile,
     Scenario,
 )
+from kvat_core.field import Field
 from kvat_core.scoring import compared_contexts
 from kvat_core.search import Allowance, Grid, Race, Rationed, Search
+from kvat_core.search._entrants import survivors
 
 MakeRun = Callable[..., Run]
 MakeCommand = Callable[..., Any]
@@ -440,6 +442,16 @@ def test_a_bound_by_time_holds_for_predictions_and_is_one_for_all(make_run: Make
     run = with_contexts(run, {"today": 4000, "fast": 4096})
     run.add(trial(240, candidate="today"))
     assert compared_contexts(run) == {"today": 240, "fast": 240}
+
+
+@pytest.mark.parametrize(("longer", "stays"), [(2210, True), (2000, False)])
+def test_who_holds_more_is_not_beaten_in_everything(make_run: MakeRun, longer: int, stays: bool) -> None:
+    """What it loses by its pace it gains by its length, so the score does not tell."""
+    bound = ContextBound(up_to_tokens=4096, by="model")
+    blocks = {"today": [0.4, 0.41, 0.39, 0.4], "fast": [0.2, 0.201, 0.199, 0.2], "long": [0.221, 0.222, 0.221, 0.222]}
+    run = make_run(blocks, shape=SHAPE, profile=WEIGHTED, longest_context=bound)
+    run = with_contexts(run, {"today": 2000, "fast": 2000, "long": longer})
+    assert ("long" in survivors(Field(run))) == stays
 
 
 def test_a_trial_that_the_time_does_not_allow_is_not_made(make_run: MakeRun) -> None:

@@ -81,6 +81,19 @@ def test_how_it_was_measured_stays_and_is_said(journal: Path) -> None:
     assert "Once" not in plan.model_dump_json()
 
 
+def test_another_text_of_prompts_is_noticed_and_not_told(command: MakeCommand) -> None:
+    own = asked(prompt=PromptSource(kind="text", value="Once upon a time"))
+    run = command(profile=own)
+    run.run()
+
+    same = decide_again(run.journal, own)
+    other = decide_again(run.journal, asked(prompt=PromptSource(kind="text", value="Never more")))
+
+    assert not any("their text is not that" in note for note in same.notes)
+    assert any("their text is not that of profile mine" in note for note in other.notes)
+    assert "Never" not in other.model_dump_json()
+
+
 def test_an_unfinished_run_is_decided_as_far_as_it_went(command: MakeCommand) -> None:
     run = command()
     run.stop(25)

@@ -150,6 +150,8 @@ def test_of_experts_those_that_are_chosen_count_and_a_batch_reads_more_of_them()
     assert one.step_read_bytes == 4 * (1000 + 100) + cache
     # The second request chooses another expert in three of four cases.
     assert two.step_read_bytes == pytest.approx(4 * (1000 + 175) + 2 * cache)
+    # If it chooses the same one, no more is read: that is what bounds.
+    assert two.step_least_bytes == 4 * (1000 + 100) + 2 * cache
     assert two.step_flops == 2 * one.step_flops
 
 

@@ -17,9 +17,9 @@ FAST = Ceiling(best=1e15, median=1e15)
 WHOLE = {"attention_heads": 4, "hidden_size": 64, "vocab_size": 100, "parameters": 10**6, "step_parameters": 10**6}
 
 
-def ceilings(read: Ceiling) -> Ceilings:
+def ceilings(read: Ceiling, gemm: Ceiling = FAST) -> Ceilings:
     fields = {"read_bytes_per_s": read, "copy_bytes_per_s": read, "launch_floor_s": SLOW}
-    return Ceilings(threads=None, gemm_flop_per_s={"float32": FAST}, first_call_bytes=1000, **fields)
+    return Ceilings(threads=None, gemm_flop_per_s={"float32": gemm}, first_call_bytes=1000, **fields)
 
 
 @pytest.fixture
@@ -99,6 +99,16 @@ def test_more_than_the_memory_delivers_is_called_a_wrong_model(command: Any, tol
     plan = command().run().plan
 
     assert any(note.startswith("the byte model is wrong") for note in plan.notes)
+    assert not any(note.startswith("the model of operations is wrong") for note in plan.notes)
+
+
+def test_more_than_the_units_can_multiply_is_called_a_wrong_model(command: Any, told: Tell) -> None:
+    told(ceilings(FAST, gemm=SLOW))
+
+    plan = command().run().plan
+
+    assert any(note.startswith("the model of operations is wrong") for note in plan.notes)
+    assert not any(note.startswith("the byte model is wrong") for note in plan.notes)
 
 
 def test_what_no_memory_can_hold_is_not_tried_but_what_runs_today_is(command: Any, told: Tell) -> None:

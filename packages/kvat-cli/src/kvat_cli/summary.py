@@ -55,7 +55,9 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 
 def _print_winner(plan: Plan, winner: Choice, confidence: Confidence) -> None:
-    print(f"Confidence: {confidence.level}. Noise floor of this run: {numbers.percent(confidence.noise_floor)}.")
+    noise = confidence.noise_floor
+    known = "unknown, from a single launch" if noise is None else numbers.percent(noise)
+    print(f"Confidence: {confidence.level}. Noise floor of this run: {known}.")
     if plan.ratio is not None and winner.id != plan.incumbent.id:
         _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
     _print_block("Settings:", _settings(winner, plan.incumbent.settings))

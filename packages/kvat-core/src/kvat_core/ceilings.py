@@ -11,26 +11,28 @@ from kvat_core import outputs
 from kvat_core.errors import CannotWrite
 from kvat_core.schema import Ceilings, Machine, digest
 
-Measure = Callable[[], "Ceilings | None"]
+Measure = Callable[[Sequence[str]], "Ceilings | None"]
+"""From dtypes to ceilings."""
 
 
 def kept(
     machine: Machine, engine: str, versions: Mapping[str, str], dtypes: Sequence[str], measure: Measure
 ) -> Ceilings | None:
-    """The ceilings of an earlier run in the same circumstances, or those that are measured now, and then kept.
+    """The ceilings of earlier runs in the same circumstances, or those that are measured now, and then kept.
 
     Args:
         machine: its fingerprint holds device and threads.
         engine: name of the one that measures.
         versions: of what it measures with.
-        dtypes: whose arithmetic rate is wanted.
+        dtypes: whose arithmetic rate is wanted; a dtype that nobody has asked for before is measured with those of before.
         measure: called where nothing sound is kept; None is not kept.
     """
-    circumstances = [machine.fingerprint, engine, dict(versions), sorted(dtypes)]
-    path = _path(f"ceilings-{digest(circumstances, 16)}.json")
-    if path is not None and (found := _read(path)) is not None:
-        return found
-    measured = measure()
+    path = _path(f"ceilings-{digest([machine.fingerprint, engine, dict(versions)], 16)}.json")
+    known = None if path is None else _read(path)
+    rates = {} if known is None else known.gemm_flop_per_s
+    if known is not None and rates.keys() >= set(dtypes):
+        return known
+    measured = measure(sorted({*dtypes, *rates}))
     if path is not None and measured is not None:
         _keep(path, measured)
     return measured

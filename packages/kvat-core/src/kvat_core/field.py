@@ -138,14 +138,17 @@ class Field:
         return 2 * sum(one[number] == other[number] for number in common) >= len(common)
 
     @cached_property
-    def noise_floor(self) -> float:
-        """Relative spread between launches of one candidate, larger where it is known from few of them."""
+    def noise_floor(self) -> float | None:
+        """Relative spread between launches of one candidate, larger where it is known from few of them.
+
+        None = not known, from fewer than two.
+        """
         spreads = self._spreads("score")
         known = spreads[False] or spreads[True]
         if known is not None:
             return math.sqrt(known.variance / 2) * stats.allowance_for_few(known.df)
         launches = self.incumbent_in_order
-        return stats.launch_spread(launches) * stats.allowance_for_few(len(launches) - 1) if len(launches) > 1 else 0.0
+        return stats.launch_spread(launches) * stats.allowance_for_few(len(launches) - 1) if len(launches) > 1 else None
 
     @property
     def incumbent_in_order(self) -> list[float]:
@@ -156,7 +159,7 @@ class Field:
     @property
     def epsilon(self) -> float:
         """Relative difference below which nothing is claimed."""
-        return max(MIN_DIFFERENCE, 2 * self.noise_floor)
+        return max(MIN_DIFFERENCE, 2 * (self.noise_floor or 0.0))
 
     def shown_worse(self, candidate: str, than: str) -> bool:
         """Whether a candidate is worse for sure, and by more than ε perhaps."""

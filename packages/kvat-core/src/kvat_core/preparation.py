@@ -165,7 +165,7 @@ def prepare(
     lock.refuse_if_held(asked.out / outputs.LOCK)
     outputs.check_out(asked.out, force=request.force, resume=request.resume)
     seen = _look(request, asked, open_worker, deadlines, announce)
-    header = _with_ceilings(seen.header, seen.entries, open_worker, deadlines, announce)
+    header = _with_ceilings(seen, open_worker, deadlines, announce)
     if asked.source.kind != "preset":
         known_by = private.keyed_digest(asked.source.value or "")
         unknown = () if known_by else (NO_KEY_NOTE,)
@@ -185,7 +185,7 @@ def foresee(
     """
     asked = _look_up(request)
     seen = _look(request, asked, open_worker, deadlines, announce)
-    known = _ceilings(seen.header, seen.entries, lambda: None)
+    known = _ceilings(seen.header, seen.entries, lambda _: None)
     return _predicted(replace(seen, header=seen.header.model_copy(update={"ceilings": known})), asked.engine)
 
 
@@ -387,20 +387,19 @@ def _too_large(footprints: Mapping[str, Footprint], header: Header) -> str | Non
 
 
 def _with_ceilings(
-    header: Header,
-    entries: Sequence[CandidateEntry],
-    open_worker: OpenWorker,
-    limits: Deadlines,
-    announce: Callable[[str], None],
+    seen: Preparation, open_worker: OpenWorker, limits: Deadlines, announce: Callable[[str], None]
 ) -> Header:
     """What the machine can do at most, where the footprints of candidates can be held against it."""
+    header = seen.header
+    today = next(entry.candidate.id for entry in seen.entries if entry.incumbent)
+    place = Cell(candidate=today, scenario=header.profile.scenarios[0].key)
 
-    def measure() -> Ceilings | None:
+    def measure(dtypes: Sequence[str]) -> Ceilings | None:
         announce("measuring what this machine can do at most, once")
-        return _ask_ceilings(header, _dtypes(entries), open_worker, limits)
+        return _ask_ceilings(header, dtypes, seen.recipe_at(place).environment, open_worker, limits)
 
     try:
-        found = _ceilings(header, entries, measure)
+        found = _ceilings(header, seen.entries, measure)
     except WorkerFailed as failed:
         note = f"what this machine can do at most is not known ({failed.failure.kind}, {failed.failure.reason})"
         return header.model_copy(update={"notes": (*header.notes, note)})
@@ -419,9 +418,14 @@ def _dtypes(entries: Sequence[CandidateEntry]) -> list[str]:
     return sorted({footprint.dtype for entry in entries for footprint in entry.footprints.values()})
 
 
-def _ask_ceilings(header: Header, dtypes: Sequence[str], open_worker: OpenWorker, limits: Deadlines) -> Ceilings | None:
-    """In a child of its own, in which nothing has run that would make a first call another one."""
-    environment = {} if header.target.threads is None else {"OMP_NUM_THREADS": str(header.target.threads)}
+def _ask_ceilings(
+    header: Header,
+    dtypes: Sequence[str],
+    environment: Mapping[str, str],
+    open_worker: OpenWorker,
+    limits: Deadlines,
+) -> Ceilings | None:
+    """In a child of its own, as one of what runs today, in which nothing has run that would change a first call."""
     arguments: dict[str, JsonValue] = {
         "device": header.target.device,
         "threads": header.target.threads,

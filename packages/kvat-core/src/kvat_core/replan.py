@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvat_core import profiles
+from kvat_core import private, profiles, prompts
 from kvat_core.errors import AllFailed, NothingFeasible, UsageError
 from kvat_core.journal import journal_sha256, read_journal
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
-from kvat_core.schema import JournalRef, Plan, Profile
+from kvat_core.schema import Header, JournalRef, Plan, Profile, PromptSource
 
 _OF_THE_RUN = ("prompt", "launches", "samples", "warmup")
 """What of a profile says how to measure, and so stays what it was."""
@@ -74,9 +74,22 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
             *notes,
             f"as in the run, and not as in profile {profile.name}, for nothing was measured anew: {', '.join(other)}",
         )
+    if "prompt" not in other and not _is_text_of(profile.prompt, run.header):
+        notes = (*notes, f"the prompts are the run's: their text is not that of profile {profile.name}, or cannot be told")
     if fitted.limits != measured.limits:
         notes = (*notes, f"the limits are those of profile {profile.name}, not of the run")
     asked = run.asked(fitted.model_copy(update=kept))
     new = [note for note in notes if note not in run.header.notes]
     asked.header = asked.header.model_copy(update={"notes": (*run.header.notes, *new)})
     return asked
+
+
+def _is_text_of(source: PromptSource, header: Header) -> bool:
+    """Whether a profile's own prompts are known to be those that were measured; what comes with kvat is named."""
+    if source.kind == "preset":
+        return True
+    try:
+        text = prompts.resolve(source).value or ""
+    except UsageError:
+        return False
+    return header.prompt_digest is not None and private.keyed_digest(text) == header.prompt_digest

@@ -5,8 +5,9 @@ W window of a sliding layer, P parameters. Sources: the arithmetic of a decoder-
 2020 (2·P operations per token, arXiv 2001.08361), and the roofline of Williams et al. 2009 (no faster than the memory
 delivers, nor than the units multiply).
 
-All byte counts are of what *must* be moved or held. So a use above 1 says that the model of bytes is wrong, or that the
-ceiling is.
+All byte counts are of what *must* be moved or held, except that of experts those are counted which a batch is expected
+to choose; bounds count as many as a single request needs. So a use above 1 says that the model of bytes is wrong, or that
+the ceiling is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Work(NamedTuple):
     """Of one decode step for all requests, the mean over the call."""
     step_read_bytes: float
     """Of one decode step for all requests, the mean over the call."""
+    step_least_bytes: float
+    """The same if all requests choose the same experts."""
 
 
 class Bounds(NamedTuple):
@@ -121,14 +124,15 @@ def work(shape: ModelShape, footprint: Footprint, scenario: Scenario) -> Work | 
     step_pairs = sum(_pairs(prompt + steps, window) for window in cache.windows) - prefill_pairs
     # A query meets a key twice, for the score and for the value, each time with d multiplications and d additions.
     pair_flops = 4 * shape.attention_heads * shape.head_dim
+    step_cache_bytes = batch * cache.numbers * footprint.kv_element_bytes * step_pairs / steps
     # The logits of a prompt are those of its last token alone.
     prefill = 2 * (per_token - head) * prompt + 2 * head + pair_flops * prefill_pairs
     return Work(
         prefill_flops=batch * prefill,
-        prefill_read_bytes=read * footprint.element_bytes,
+        prefill_read_bytes=per_token * footprint.element_bytes,
         step_flops=batch * (2 * per_token + pair_flops * step_pairs / steps),
-        step_read_bytes=read * footprint.element_bytes
-        + batch * cache.numbers * footprint.kv_element_bytes * step_pairs / steps,
+        step_read_bytes=read * footprint.element_bytes + step_cache_bytes,
+        step_least_bytes=per_token * footprint.element_bytes + step_cache_bytes,
     )
 
 
@@ -138,7 +142,7 @@ def bounds(work: Work, footprint: Footprint, ceilings: Ceilings, batch_size: int
     if gemm is None:
         return None
     read = ceilings.read_bytes_per_s.best
-    step_s = max(work.step_read_bytes / read, work.step_flops / gemm.best)
+    step_s = max(work.step_least_bytes / read, work.step_flops / gemm.best)
     return Bounds(
         ttft_s=max(work.prefill_flops / gemm.best, work.prefill_read_bytes / read), decode_tps=batch_size / step_s
     )

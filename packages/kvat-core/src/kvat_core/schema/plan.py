@@ -195,7 +195,9 @@ class Confidence(Record):
 
     level: Literal["high", "medium", "low"]
     probability: float = Field(description="that the winner is within ε of the best measured; never above 0.99")
-    noise_floor: float = Field(description="relative spread between launches of one candidate")
+    noise_floor: float | None = Field(
+        description="relative spread between launches of one candidate; null = not known, from fewer than two"
+    )
     epsilon: float = Field(description="relative difference below which nothing is claimed: max(1 %, 2 × noise floor)")
 
 

@@ -196,7 +196,7 @@ class Race(Search):
         if not chosen.eligible:
             return None
         last_ones = finalists(chosen)
-        blocks = NOISY_RUN_OFF_BLOCKS if chosen.noise_floor > NOISY else RUN_OFF_BLOCKS
+        blocks = NOISY_RUN_OFF_BLOCKS if (chosen.noise_floor or 0.0) > NOISY else RUN_OFF_BLOCKS
         # Where what runs today leads there is nothing to be claimed.
         least = 0 if chosen.leader == run.incumbent else LEAST_FRESH
         for block in range(blocks):
