@@ -58,6 +58,8 @@ def find_python(version: str) -> Path | None:
 
 
 FOUND = {version: python for version in supported_pythons() if (python := find_python(version))}
+ENDS = [version for version in FOUND if version in (supported_pythons()[0], TORCH_PYTHON, supported_pythons()[-1])]
+"""Pythons of every test run; what works on both ends works between them, which `nox -s full` checks."""
 os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *(str(python.parent) for python in FOUND.values())])
 
 
@@ -196,10 +198,13 @@ def define_tests(python: str, suite: str) -> str:
     return name
 
 
-TESTS = [
-    *(define_tests(python, package) for python in FOUND for package in LIBRARIES),
-    *(define_tests(TORCH_PYTHON, suite) for suite in (*ENGINES, CROSS_PACKAGE)),
-]
+TESTS = {
+    python: [
+        define_tests(python, suite)
+        for suite in (*LIBRARIES, *((*ENGINES, CROSS_PACKAGE) if python == TORCH_PYTHON else ()))
+    ]
+    for python in {**FOUND, TORCH_PYTHON: None}
+}
 
 
 @nox.session
@@ -297,11 +302,11 @@ def bench(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run everything that CI does."""
     for version in supported_pythons():
-        session.log(f"Python {version}: {FOUND.get(version, 'not found, left out')}")
+        left_out = "left to nox -s full" if version in FOUND else "not found, left out"
+        session.log(f"Python {version}: {FOUND[version] if version in ENDS else left_out}")
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)  # nox's own closing lines come before it
-    environments = [f"environment-{python}" for python in FOUND]
-    for name in ("lint", "layers", "build", *environments, "types", *TESTS, "example", "wheels"):
+    for name in ("lint", "layers", "build", *on(*ENDS)[0], "types", *on(*ENDS)[1], "example", "wheels"):
         session.notify(name)
 
 
@@ -310,8 +315,14 @@ def full(session: nox.Session) -> None:
     """Run what takes longer than CI should."""
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)
-    for name in (f"environment-{TORCH_PYTHON}", "minimums", "bench"):
+    environments, tests = on(*(python for python in FOUND if python not in ENDS))
+    for name in (f"environment-{TORCH_PYTHON}", *environments, *tests, "minimums", "bench"):
         session.notify(name)
+
+
+def on(*pythons: str) -> tuple[list[str], list[str]]:
+    """Sessions that make the environments of these Pythons, and those that run tests there."""
+    return [f"environment-{python}" for python in pythons], [name for python in pythons for name in TESTS[python]]
 
 
 def print_results() -> None:

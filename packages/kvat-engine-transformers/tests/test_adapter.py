@@ -217,16 +217,3 @@ def test_prefill_takes_the_scenarios_slots(prepared: Prepared) -> None:
     adapter, _ = prepared("builtin:llama", cache="static")
     (request,) = adapter.run_prefill(prompt(adapter)).requests
     assert (request.prompt_tokens, request.output_tokens) == (48, 1)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kernel", ["sdpa_math", "sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn"])
-def test_each_kernel_of_cuda_really_runs(kernel: str) -> None:
-    settings = {**DEFAULTS, "dtype": "bfloat16", "attention": kernel}
-    target = Target(model=ModelRef(id="builtin:llama"), device="cuda:0")
-    made = recipe(settings, SCENARIO, target)
-    adapter = TransformersAdapter()
-    adapter.load_model(**made.load)
-    adapter.prepare_cache(made)
-    assert adapter.applied(prompt(adapter)).mismatches == ()

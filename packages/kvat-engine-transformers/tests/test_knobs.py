@@ -47,6 +47,7 @@ SAFE = {
         "attention=sdpa_cudnn",
     ),
 }
+SAFE["cuda:0"].remove("attention=sdpa_flash cache=static")
 
 
 @pytest.mark.parametrize("device", SAFE)
@@ -111,3 +112,17 @@ def test_a_dtype_whose_weights_do_not_fit_is_excluded() -> None:
 def test_flash_on_cuda_needs_16_bits() -> None:
     entry = next(e for e in candidates("cuda:0", dtype="float32") if e.candidate.label == "attention=sdpa_flash")
     assert entry.exclusion == "sdpa_flash needs bfloat16 or float16 on cuda"
+
+
+def test_flash_on_cuda_takes_no_mask() -> None:
+    label = "attention=sdpa_flash cache=static"
+    (entry,) = (one for one in candidates("cuda:0", dtype="bfloat16") if one.candidate.label == label)
+    assert entry.exclusion == "PyTorch's flash kernel takes no mask on cuda, and each step of a static cache has one"
+
+
+@pytest.mark.parametrize(("kv_heads", "excluded"), [(2, True), (8, False)])
+def test_the_memory_efficient_kernel_needs_ungrouped_heads(kv_heads: int, excluded: bool) -> None:
+    shape = ModelShape(architecture="llama", layers=1, attention=("full",), attention_heads=8, kv_heads=kv_heads)
+    settings = {"dtype": "float16", "attention": "sdpa_mem_efficient", "cache": "dynamic"}
+    reason = TransformersEngine().check(settings, shape, Probe(device="cuda:0", versions={}))
+    assert (reason == "the memory-efficient kernel needs as many KV heads as query heads, llama has fewer") == excluded

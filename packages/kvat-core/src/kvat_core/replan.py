@@ -75,7 +75,10 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
             f"as in the run, and not as in profile {profile.name}, for nothing was measured anew: {', '.join(other)}",
         )
     if "prompt" not in other and not _is_text_of(profile.prompt, run.header):
-        notes = (*notes, f"the prompts are the run's: their text is not that of profile {profile.name}, or cannot be told")
+        notes = (
+            *notes,
+            f"the prompts are the run's: their text is not that of profile {profile.name}, or cannot be told",
+        )
     if fitted.limits != measured.limits:
         notes = (*notes, f"the limits are those of profile {profile.name}, not of the run")
     asked = run.asked(fitted.model_copy(update=kept))

@@ -76,6 +76,21 @@ def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str |
         return f"{needed / 2**30:.1f} GiB of weights in {settings['dtype']} do not fit the {free / 2**30:.1f} GiB free"
     if _kind(probe) == "cuda" and settings["dtype"] == "float32" and settings["attention"] in _HALF_ONLY:
         return f"{settings['attention']} needs bfloat16 or float16 on cuda"
+    return _kernel_reason(settings, shape) if _kind(probe) == "cuda" else None
+
+
+def _kernel_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
+    """What keeps Transformers from a fused kernel of cuda, by `transformers.integrations.sdpa_attention` of 5.17 to 5.24.
+
+    A step of a static cache always has a mask; and where there is none, fewer KV heads are passed on as they are.
+    """
+    if settings["attention"] == "sdpa_flash" and settings["cache"] == "static":
+        return "PyTorch's flash kernel takes no mask on cuda, and each step of a static cache has one"
+    grouped = (
+        shape.kv_heads is not None and shape.attention_heads is not None and shape.kv_heads < shape.attention_heads
+    )
+    if settings["attention"] == "sdpa_mem_efficient" and grouped:
+        return f"the memory-efficient kernel needs as many KV heads as query heads, {shape.architecture} has fewer"
     return None
 
 
