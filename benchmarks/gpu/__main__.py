@@ -1,6 +1,6 @@
 """What kvat finds on an accelerator, and whether it is so: for large models of random weights, in short stages.
 
-    python benchmarks/gpu DIR [--device cuda] [--minutes 8] [--models random:NAME ...] [--prompts 2048 8192] [--out FILE]
+    python benchmarks/gpu DIR [--device NAME] [--minutes 8] [--models random:NAME ...] [--prompts 2048 8192]
 
 Each call is one stage: it does what fits into its minutes, and ends with exit code 3 while something is left. The same
 command goes on, from the journals in DIR. In order:
@@ -8,7 +8,7 @@ command goes on, from the journals in DIR. In order:
 1. the engine's tests that need a card: every value that is offered runs as its recipe says and answers right, and what
    is excluded really cannot run;
 2. for each model and prompt length: `kvat tune`, resumed from stage to stage;
-3. and then the winner beside what Transformers does by itself, in fresh processes by `_plain_generate.py`, without kvat.
+3. and then the winner beside what Transformers does by itself, in fresh processes by `_plain_generate.py`, no kvat.
 
 Bounds, of each tuned model: the winner's decode rate measured afresh is in the plan's interval widened by its noise
 floor; on a card, the model of 8 billion parameters decodes at least 3 times as fast as by default with prompts of 2048

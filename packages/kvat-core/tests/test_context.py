@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvat_core.context import CALLS, TOLERANCE, Reach, longest, next_length, predicted_tokens, scenario
 from kvat_core.errors import UsageError
+from kvat_core.field import Field
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
 from kvat_core.schema import (
@@ -31,7 +32,6 @@ from kvat_core.schema import (
     Profile,
     Scenario,
 )
-from kvat_core.field import Field
 from kvat_core.scoring import compared_contexts
 from kvat_core.search import Allowance, Grid, Race, Rationed, Search
 from kvat_core.search._entrants import survivors

@@ -14,10 +14,9 @@ import torch
 
 from kvat_core import metrics
 from kvat_core.engine import EngineError
-from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario, Target
+from kvat_core.schema import PromptSource, Recipe, Scenario
 from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, proof
 from kvat_engine_transformers.recall import build_example, recall
-from kvat_engine_transformers.recipes import recipe
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")

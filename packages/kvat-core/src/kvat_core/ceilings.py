@@ -24,7 +24,7 @@ def kept(
         machine: its fingerprint holds device and threads.
         engine: name of the one that measures.
         versions: of what it measures with.
-        dtypes: whose arithmetic rate is wanted; a dtype that nobody has asked for before is measured with those of before.
+        dtypes: whose arithmetic rate is wanted; a new one is measured together with those of before.
         measure: called where nothing sound is kept; None is not kept.
     """
     path = _path(f"ceilings-{digest([machine.fingerprint, engine, dict(versions)], 16)}.json")

@@ -9,7 +9,6 @@ from kvat_core import roofline
 from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, CandidateResult, Scenario
 
-
 _AGAIN = "delete ceilings-*.json in kvat's cache directory to have the ceilings measured again"
 
 
