@@ -1,4 +1,4 @@
-"""On an NVIDIA card: what is offered runs as its recipe says and answers right, and what is excluded really cannot run."""
+"""On an NVIDIA card: what is offered runs as its recipe says and answers right, what is excluded really cannot run."""
 
 from __future__ import annotations
 

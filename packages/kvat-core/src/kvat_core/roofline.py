@@ -6,8 +6,8 @@ W window of a sliding layer, P parameters. Sources: the arithmetic of a decoder-
 delivers, nor than the units multiply).
 
 All byte counts are of what *must* be moved or held, except that of experts those are counted which a batch is expected
-to choose; bounds count as many as a single request needs. So a use above 1 says that the model of bytes is wrong, or that
-the ceiling is.
+to choose; bounds count as many as a single request needs. So a use above 1 says that the model of bytes is wrong, or
+that the ceiling is.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def notes(candidates: Sequence[CandidateResult]) -> list[str]:
     found = []
     if reading is not None:
         found.append(
-            f"the byte model is wrong, or the measured bandwidth too low: {reading[1]} seems to read {reading[0]:.0%} of "
-            f"what this machine's memory delivers at most; rely on no bandwidth use of this run, and {_AGAIN}"
+            f"the byte model is wrong, or the measured bandwidth too low: {reading[1]} seems to read {reading[0]:.0%} "
+            f"of what this machine's memory delivers at most; rely on no bandwidth use of this run, and {_AGAIN}"
         )
     if computing is not None:
         found.append(

@@ -80,7 +80,7 @@ def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str |
 
 
 def _kernel_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
-    """What keeps Transformers from a fused kernel of cuda, by `transformers.integrations.sdpa_attention` of 5.17 to 5.24.
+    """What keeps Transformers from a fused kernel of cuda, by its `integrations.sdpa_attention`, 5.17 to 5.24.
 
     A step of a static cache always has a mask; and where there is none, fewer KV heads are passed on as they are.
     """
