@@ -27,15 +27,13 @@ def interleaved(world: World, seed: int) -> Choice:
 
 
 def at_random(world: World, seed: int, cost_s: float) -> Choice:
-    """Random candidates, a launch each, for as long as something else took; the best median wins."""
-    source, bench = random.Random(seed), _Bench(world)
-    names = sorted(world.load_keys)
-    source.shuffle(names)
+    """Random loads with all their candidates, for as long as something else took; the best median wins."""
+    bench = _Bench(world)
     seen: dict[str, float] = {}
-    for name in names:
+    for names in _groups(world, random.Random(seed)):
         if bench.cost_s >= cost_s and seen:
             break
-        bench.measure(0, [name], SAMPLES, seen)
+        bench.measure(0, names, SAMPLES, seen)
     return Choice(max(seen, key=lambda name: seen[name]), bench.cost_s, bench.loads)
 
 

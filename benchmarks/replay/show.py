@@ -9,8 +9,8 @@ NAMES = {
     "race": "kvat (race)",
     "one_shot": "exhaustive, 1 launch × 10",
     "interleaved": "exhaustive, 3 interleaved launches",
-    "at_random": "random, at the cost of kvat",
-    "halving": "successive halving (Optuna)",
+    "at_random": "random loads, at the cost of kvat",
+    "halving": "successive halving (Optuna), one candidate to a launch",
 }
 
 

@@ -7,7 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 SAMPLES = 3
 """Timed calls per launch."""
@@ -71,10 +71,9 @@ class World(ABC):
             samples: timed calls of each.
         """
 
-    @property
     @abstractmethod
-    def cost_of_grid_s(self) -> float:
-        """What three interleaved launches of everybody take, where launches are shared and nobody fails twice."""
+    def memory_s(self, candidate: str) -> float:
+        """What a process takes that reads the peak memory of a candidate."""
 
     def regret(self, winner: str) -> float:
         """Share of the best speed that a choice gives away."""
@@ -143,13 +142,9 @@ class Synthetic(World):
             shown.append(Shown(name, tuple(speeds)))
         return Launch(tuple(shown), LOAD_S, rest_s)
 
-    @property
-    def cost_of_grid_s(self) -> float:
-        """See `World.cost_of_grid_s`; each failure costs one more load, with the proofs that precede it."""
-        loads = len(set(self.load_keys.values()))
-        each_s = PROOF_S + WARMUP_S + SAMPLES * SAMPLE_S
-        proofs = len(self.load_keys) / loads / 2
-        return 3 * (loads * LOAD_S + len(self.truth) * each_s) + len(self.failing) * (LOAD_S + proofs * PROOF_S)
+    def memory_s(self, candidate: str) -> float:
+        """See `World.memory_s`: a load, warm-up, and a call."""
+        return LOAD_S + WARMUP_S + SAMPLE_S
 
     def _drift(self) -> float:
         return self._wandering + self.noise.planted * min(1.0, self.now_s / self.noise.planted_s)
@@ -161,21 +156,20 @@ class Synthetic(World):
         self.now_s += seconds
 
 
-def synthetic(size: int, noise: Noise, seed: int, *, per_load: int = 8, equal: bool = False) -> Synthetic:
-    """A table: 10 % of the candidates fail, 15 % lie within 1 % of the best, the rest spread over tens of percent.
+Truth = Literal["independent", "additive", "equal"]
 
-    What runs today is any of those that work.
+
+def synthetic(size: int, noise: Noise, seed: int, *, per_load: int = 8, truth: Truth = "independent") -> Synthetic:
+    """A table in which 10 % of the candidates fail, unless all are equal. What runs today is any of those that work.
+
+    Independent: 15 % lie within 1 % of the best, the rest is spread over tens of percent, whatever their settings are.
+    Additive: each value of each setting has an effect, so that good ones share loads and are few.
     """
     source = random.Random(f"table/{size}/{seed}")
     names = [f"c{number:03d}" for number in range(size)]
     source.shuffle(names)
-    failing = frozenset() if equal else frozenset(names[: round(0.1 * size)])
+    failing = frozenset() if truth == "equal" else frozenset(names[: round(0.1 * size)])
     working = [name for name in names if name not in failing]
-    truth = {name: 0.0 if equal else source.gauss(0, 0.2) for name in working}
-    if not equal:
-        best = max(truth.values())
-        for name in source.sample(working, max(1, round(0.15 * size))):
-            truth[name] = best - source.uniform(0, 0.01)
     ordered = sorted(names)
     source.shuffle(ordered)
     places = {name: divmod(rank, per_load) for rank, name in enumerate(ordered)}
@@ -184,4 +178,21 @@ def synthetic(size: int, noise: Noise, seed: int, *, per_load: int = 8, equal: b
         name: {"one": str(load % 8), "other": str(load // 8), "third": str(rank)}
         for name, (load, rank) in places.items()
     }
-    return Synthetic(noise, seed, truth, load_keys, settings, failing, source.choice(working))
+    if truth == "additive":
+        levels = _additive(settings, working, source)
+    else:
+        levels = {name: 0.0 if truth == "equal" else source.gauss(0, 0.2) for name in working}
+    if truth == "independent":
+        best = max(levels.values())
+        for name in source.sample(working, max(1, round(0.15 * size))):
+            levels[name] = best - source.uniform(0, 0.01)
+    return Synthetic(noise, seed, levels, load_keys, settings, failing, source.choice(working))
+
+
+def _additive(
+    settings: Mapping[str, Mapping[str, str]], working: Sequence[str], source: random.Random
+) -> dict[str, float]:
+    """Levels that are sums of an effect of each setting, and a little of their own."""
+    pairs = sorted({pair for values in settings.values() for pair in values.items()})
+    effects = {pair: source.gauss(0, 0.12) for pair in pairs}
+    return {name: sum(effects[pair] for pair in settings[name].items()) + source.gauss(0, 0.02) for name in working}

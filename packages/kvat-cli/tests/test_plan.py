@@ -54,10 +54,18 @@ def test_a_shape_that_was_not_measured_is_one_line(kvat: Run, tuned: Path) -> No
     assert len(outcome.err.splitlines()) == 1
 
 
-def test_a_journal_without_figures_ends_as_a_tune_would(kvat: Run, tuned: Path, tmp_path: Path) -> None:
+def test_a_journal_without_figures_does_not_suffice(kvat: Run, tuned: Path, tmp_path: Path) -> None:
     bare = tmp_path / "journal.jsonl"
     bare.write_bytes((tuned / "journal.jsonl").read_bytes().splitlines(keepends=True)[0])
-    assert kvat("plan", "--journal", bare).code == 5
+    assert kvat("plan", "--journal", bare).code == 3
+
+
+def test_limits_can_be_given_afterwards(kvat: Run, tuned: Path) -> None:
+    journal = tuned / "journal.jsonl"
+    tight = kvat("plan", "--journal", journal, "--max-ttft", "0.001ms")
+    assert tight.code == 4
+    assert "decide again for wider ones with kvat plan" in tight.err
+    assert kvat("plan", "--journal", journal, "--max-ttft", "1000s").code == 0
 
 
 def test_it_imports_no_engine(tuned: Path) -> None:

@@ -92,6 +92,12 @@ def test_a_cache_that_cannot_be_written_costs_no_run(cache: Path) -> None:
     assert measure.times == 2
 
 
+def test_what_is_known_serves_where_more_cannot_be_measured() -> None:
+    known = ceilings.kept(MACHINE, "engine", {}, ("a",), Measuring())
+
+    assert ceilings.kept(MACHINE, "engine", {}, ("a", "b"), Measuring(None)) == known
+
+
 def test_what_an_engine_cannot_measure_is_not_kept(cache: Path) -> None:
     ask(Measuring(None))
 

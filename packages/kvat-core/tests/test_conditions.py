@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvat_core import TuneRequest, tune
-from kvat_core.errors import NothingFeasible
+from kvat_core.errors import NotDecided
 from kvat_core.measure.conditions import SystemWatch, causes
 from kvat_core.planner import make_plan
 from kvat_core.probes import host
@@ -217,5 +217,5 @@ def test_a_cell_whose_calls_all_compiled_has_no_complete_round(make_run: MakeRun
 
 
 def test_before_what_runs_today_is_measured_nothing_is_recommended(make_run: MakeRun) -> None:
-    with pytest.raises(NothingFeasible, match="what runs today has not been measured yet"):
+    with pytest.raises(NotDecided, match="what runs today has not been measured in full yet"):
         make_plan(make_run({"today": [], "other": [0.5]}), REF)

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvat_core.decision import decide
+from kvat_core.field import Field
 from kvat_core.run import Run
-from kvat_core.schema import Cell, Failed, Failure, Objective, Profile, Scenario
+from kvat_core.schema import Cell, Failed, Failure, LaunchOrder, Objective, Profile, Scenario
 from kvat_core.scoring import compared_peaks
 
 MakeRun = Callable[..., Run]
@@ -221,3 +222,76 @@ def test_less_memory_breaks_a_tie_only_where_memory_binds(make_run: MakeRun) -> 
     assert plenty is not None
     assert scarce is not None
     assert (plenty.winner, scarce.winner) == ("a", "b")
+
+
+def test_candidates_that_never_met_are_compared_through_what_runs_today(make_run: MakeRun) -> None:
+    """As where one failed in a block and another one came in with it, and the run was cut in that block."""
+    run = make_run({"today": [1.0, 1.0], "leader": [0.5], "late": []})
+    run.add(
+        next(one for one in run.samples if one.candidate == "leader").model_copy(
+            update={"candidate": "late", "round": 1}
+        )
+    )
+    decision = decide(run)
+    assert decision is not None
+    assert Field(run).mean("late", "leader") == pytest.approx(0.0)
+    assert set(decision.scores) == {"today", "leader", "late"}
+
+
+@pytest.mark.parametrize(("others", "df"), [(0, 2), (1, 4), (3, 8), (9, 12)])
+def test_the_blocks_of_a_pair_count_once(make_run: MakeRun, others: int, df: int) -> None:
+    """Of k candidates in b blocks there are (k - 1)(b - 1) degrees of freedom; a pair borrows at most ten of others."""
+    source = random.Random(0)
+    names = ["today", "one", *(f"other{number}" for number in range(others))]
+    run = make_run({name: [math.exp(source.gauss(0, 0.01)) for _ in range(3)] for name in names})
+    assert Field(run).compare("one", "today").df == pytest.approx(df)
+
+
+def test_intervals_of_two_candidates_cover_the_truth(make_run: MakeRun) -> None:
+    source, covered, worlds = random.Random(1), 0, 400
+    for _ in range(worlds):
+        paces = {name: [math.exp(source.gauss(0, 0.02)) for _ in range(3)] for name in ("today", "other")}
+        ratio = Field(make_run(paces)).compare("other", "today").ratio()
+        assert ratio.low is not None
+        assert ratio.high is not None
+        covered += ratio.low <= 1 <= ratio.high
+    assert 0.92 <= covered / worlds <= 0.98
+
+
+def test_who_was_not_reached_may_be_better(make_run: MakeRun) -> None:
+    all_seen = decide(make_run({"today": [1.0] * 6, "slow": [2.0, 2.01, 2.0, 1.99, 2.0, 2.0]}))
+    cut = decide(make_run({"today": [1.0] * 6, "slow": [2.0, 2.01, 2.0, 1.99, 2.0, 2.0], "late": [], "later": []}))
+    assert all_seen is not None
+    assert cut is not None
+    assert all_seen.confidence.probability == 0.99
+    assert cut.confidence.probability <= 0.3
+
+
+def test_of_equals_one_that_has_failed_before_is_not_taken(make_run: MakeRun) -> None:
+    paces = {"today": [1.0, 1.01, 0.99], "a": [0.5, 0.505, 0.495], "b": [0.5, 0.505, 0.495]}
+    run = make_run(paces)
+    calm = decide(run)
+    failure = Failure(kind="crash", phase="sample", reason="signal 11")
+    run.add(LaunchOrder(launch=7, round=2, purpose="timing", cells=(Cell(candidate="a", scenario="8+3x1"),)))
+    run.add(Failed(launch=7, cell=Cell(candidate="a", scenario="8+3x1"), failure=failure))
+    after = decide(run)
+    assert calm is not None
+    assert after is not None
+    assert "a" in run.live
+    assert (calm.winner, after.winner) == ("a", "b")
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_greedy_candidate_that_cannot_win_changes_nothing_between_the_others(make_run: MakeRun, greedy: bool) -> None:
+    paces = {"today": [1.0, 1.01, 0.99], "a": [0.9, 0.91, 0.89]}
+    peaks = {"today": 300, "a": 400}
+    alone = decide(make_run(paces, peaks=peaks, profile=BY_MEMORY))
+    more = {**peaks, "slow": 900 if greedy else 450}
+    joined = decide(make_run({**paces, "slow": [3.0, 3.1, 2.9]}, peaks=more, profile=BY_MEMORY))
+    assert alone is not None
+    assert joined is not None
+    assert joined.winner == alone.winner == "a"
+    assert joined.scores["a"].value == pytest.approx(alone.scores["a"].value)
+    assert joined.scores["slow"].value == pytest.approx(
+        (1 / 3) ** 0.6 * ((300 / 900) ** 0.4 if greedy else 1), rel=0.01
+    )

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvat_core import Limit, Limits, Profile, read_plan, snippet
-from kvat_core.errors import NothingFeasible, UsageError
+from kvat_core.errors import NotDecided, NothingFeasible, UsageError
 from kvat_core.limits import binomial_verdict, calls_needed, results
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
 from kvat_core.schema import (
     Cell,
+    End,
     Failed,
     Failure,
     JournalRef,
@@ -340,6 +341,17 @@ def test_nothing_feasible_is_a_plan_that_names_who_comes_closest(make_run: MakeR
         snippet(plan)
 
 
+def test_who_was_not_reached_may_still_keep_the_limits(make_run: MakeRun) -> None:
+    run = make_run({**THREE, "late": []}, profile=limited(max_ttft_s=Limit(value=0.25)))
+    plan = planned(run)
+    assert (plan.partial, plan.verdict) == (True, "infeasible")
+    with pytest.raises(NotDecided, match=r"measured so far keeps the limits; the closest, fast, .*resume"):
+        plan.require_winner()
+    run.add(End(wall_s=1.0))
+    with pytest.raises(NothingFeasible):
+        planned(run).require_winner()
+
+
 def test_the_largest_miss_says_how_close_a_candidate_comes(make_run: MakeRun) -> None:
     limits = limited(max_ttft_s=Limit(value=0.4), max_host_bytes=100)
     plan = planned(make_run(THREE, peaks={"today": 120, "fast": 900, "middle": 130}, profile=limits))
@@ -349,7 +361,7 @@ def test_the_largest_miss_says_how_close_a_candidate_comes(make_run: MakeRun) ->
 
 def test_a_run_that_was_cut_before_what_runs_today_was_measured_calls_nothing_infeasible(make_run: MakeRun) -> None:
     run = make_run({"today": [], "slow": [2.0, 2.0]}, profile=limited(max_ttft_s=Limit(value=1)))
-    with pytest.raises(NothingFeasible, match="what runs today has not been measured yet"):
+    with pytest.raises(NotDecided, match="what runs today has not been measured in full yet"):
         planned(run)
     failure = Failure(kind="oom_host", phase="sample", reason="the host ran out of memory")
     run.add(Failed(launch=0, cell=Cell(candidate="today", scenario=SCENARIO.key), failure=failure))

@@ -8,8 +8,22 @@ from typing import Any
 
 import pytest
 
-from kvat_core import Objective, Plan, Profile, PromptSource, Scenario, decide_again, presets, read_plan, replan
-from kvat_core.errors import AllFailed, JournalDamaged, UsageError
+from kvat_core import (
+    Limit,
+    Limits,
+    Objective,
+    Plan,
+    Profile,
+    PromptSource,
+    Scenario,
+    decide_again,
+    lock,
+    outputs,
+    presets,
+    read_plan,
+    replan,
+)
+from kvat_core.errors import JournalDamaged, NotDecided, UsageError
 
 MakeCommand = Callable[..., Any]
 TWO = Profile(
@@ -134,8 +148,36 @@ def test_what_is_no_journal_is_said(tmp_path: Path, content: bytes | None, messa
 def test_a_journal_without_figures_has_no_plan(journal: Path) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0])
-    with pytest.raises(AllFailed, match=f"nothing was measured; {journal} tells of each"):
+    with pytest.raises(NotDecided, match="nothing has been measured yet"):
         decide_again(journal)
+
+
+def test_a_journal_whose_run_is_alive_is_left_alone(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock.locked(journal.parent / outputs.LOCK):
+        monkeypatch.setattr(lock, "_myself", lambda: None)
+        with pytest.raises(UsageError, match="is being written; decide again when its run has ended"):
+            decide_again(journal)
+
+
+def test_wider_limits_are_decided_for_without_measuring(command: MakeCommand) -> None:
+    limited = TWO.model_copy(update={"limits": Limits(max_ttft_s=Limit(value=1e-9))})
+    run = command(profile=limited)
+    run.run()
+    before = run.journal.read_bytes()
+
+    assert decide_again(run.journal).verdict == "infeasible"
+    wider = decide_again(run.journal, limits=Limits(max_ttft_s=Limit(value=1e9)))
+
+    assert wider.winner is not None
+    assert wider.profile.limits.max_ttft_s == Limit(value=1e9)
+    assert replan.LIMITS_NOTE in wider.notes
+    assert run.journal.read_bytes() == before
+
+
+def test_deciding_again_makes_no_key(journal: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "empty"))
+    decide_again(journal, asked(prompt=PromptSource(kind="text", value="Once upon a time")))
+    assert not (tmp_path / "empty").exists()
 
 
 def test_a_journal_that_grows_meanwhile_is_no_evidence(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:

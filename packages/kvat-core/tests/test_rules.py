@@ -217,6 +217,28 @@ def test_a_prompt_that_the_winner_does_not_hold_goes_to_the_best_that_does(make_
         use(plan, prompt_tokens=9000)
 
 
+def bounded(make_run: MakeRun, **held: tuple[int, str]) -> Plan:
+    """Three candidates, of some of which the longest context is known."""
+    plan = make_plan(make_run({"today": paces(1.0), "fast": paces(0.5), "long": paces(2.0)}), REF)
+    fields = {name: {"max_context_tokens": tokens, "max_context_bounded_by": by} for name, (tokens, by) in held.items()}
+    candidates = tuple(one.model_copy(update=fields.get(one.id, {})) for one in plan.candidates)
+    return plan.model_copy(update={"candidates": candidates})
+
+
+@pytest.mark.parametrize("by", ["user", "time"])
+def test_where_only_the_search_ended_nobody_is_known_to_fail(make_run: MakeRun, by: str) -> None:
+    plan = bounded(make_run, today=(1000, by), fast=(1000, by))
+    assert use(plan, prompt_tokens=5000) == "fast"
+
+
+@pytest.mark.parametrize("by", ["model", "device_memory", "host_memory", "failure"])
+def test_where_the_winner_fails_nobody_untried_takes_its_place(make_run: MakeRun, by: str) -> None:
+    plan = bounded(make_run, today=(9000, by), fast=(1000, by))
+    assert use(plan, prompt_tokens=5000) == "today"
+    with pytest.raises(NothingFeasible):
+        use(plan, prompt_tokens=9000)
+
+
 # Compilation --------------------------------------------------------------------------------------
 
 

@@ -165,6 +165,21 @@ def test_blocks_are_interleaved_and_those_of_the_run_off_mirrored(header: Any) -
     assert orders[0] == orders[1][::-1]
 
 
+def test_who_takes_the_place_of_a_finalist_comes_in_with_the_next_block(header: Any) -> None:
+    world = World(spread(8, step=0.004), noise=0.02, per_load=1)
+    run, search = world.start(header), Race(world.load_keys, 0)
+    while len({order.round for order in run.launches if order.purpose == "run_off"}) < 3:
+        order = search.next(run)
+        assert order is not None
+        world.carry_out(run, order)
+    begun = [order for order in run.launches if order.purpose == "run_off"]
+    world.failing = {cell.candidate for order in begun for cell in order.cells} - {run.incumbent}
+    searched(world, run, search)
+    rounds = [order.round for order in run.launches if order.purpose == "run_off"]
+    assert rounds == sorted(rounds)
+    assert {cell.candidate for order in run.launches[len(run.launches) - 3 :] for cell in order.cells} - world.failing
+
+
 def test_a_profile_of_less_than_three_launches_asks_for_no_run_off(header: Any) -> None:
     world = World(spread(6))
     run = world.start(header, profile=PROFILE.model_copy(update={"launches": 2}))

@@ -187,6 +187,16 @@ def test_what_the_sampler_never_proposes_is_still_seen(begun: Callable[[Space], 
     assert search_is_over(run, space, 3)
 
 
+def test_who_may_not_win_is_not_proposed_and_keeps_nobody_waiting(begun: Callable[[Space], Run]) -> None:
+    space = Space(seed=3, knobs=3, lossy=0.85)
+    run = begun(space)
+    orders = searched(space, run, Optuna(space.load_keys, 3), before="timing")
+
+    assert len(space.settings) - len(space.lossy) < 24
+    assert set(screened(orders)) == set(space.settings) - space.lossy
+    assert search_is_over(run, space, 3)
+
+
 def search_is_over(run: Run, space: Space, seed: int) -> bool:
     """Whether screening is: what comes next is the race."""
     order = Optuna(space.load_keys, seed).next(run)

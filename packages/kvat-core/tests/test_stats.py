@@ -50,6 +50,20 @@ def test_borrowed_degrees_of_freedom_count_as_those_of_its_own() -> None:
     assert found.high() == pytest.approx(2.228139 * math.sqrt(0.034 / 3), rel=1e-6)
 
 
+def test_what_others_tell_is_what_is_left_without_the_pair_itself() -> None:
+    own = [-0.1, 0.0, 0.1]  # variance 0.01, two degrees of freedom
+    left = stats.without(Spread(variance=0.04, df=6), own)
+    assert left is not None
+    assert (left.variance, left.df) == pytest.approx(((6 * 0.04 - 2 * 0.01) / 4, 4))
+    assert stats.without(Spread(variance=0.04, df=2), own) is None
+    assert stats.without(Spread(variance=0.04, df=2), [0.1]) == Spread(variance=0.04, df=2)
+
+
+def test_without_any_block_nothing_is_known() -> None:
+    found = stats.compare([], Spread(variance=0.04, df=6))
+    assert (found.error, found.n, found.probability_above(0.5)) == (None, 0, 0.5)
+
+
 def test_one_block_has_no_interval_unless_others_tell_of_the_spread() -> None:
     alone = stats.compare([0.2])
     assert (alone.error, alone.ratio().low, alone.ratio().high) == (None, None, None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvat_core.engine import EngineError
+from kvat_core.errors import UsageError
 from kvat_core.fake import FakeEngine
 from kvat_core.schema import CandidateEntry, Ceiling, Ceilings, Footprint, Header, ModelShape, Plan, Scenario
 
@@ -133,6 +135,18 @@ def test_ceilings_that_cannot_be_measured_cost_no_run(command: Any, told: Tell) 
 
     assert any("no such device" in note for note in plan.notes)
     assert set(uses(plan)) == {None}
+
+
+@pytest.mark.parametrize("failure", [OSError, UsageError])
+def test_why_they_cannot_be_measured_tells_no_path(command: Any, told: Tell, failure: type[Exception]) -> None:
+    told(failure(f"cannot open {Path.home()}/secret/library.so"))
+    one = command()
+
+    plan = one.run().plan
+
+    (note,) = (note for note in plan.notes if "can do at most is not known" in note)
+    assert "library.so" in note
+    assert "secret" not in note + one.journal.read_text()
 
 
 def test_other_ceilings_are_no_other_run(command: Any, told: Tell) -> None:

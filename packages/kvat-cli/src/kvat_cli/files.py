@@ -15,7 +15,12 @@ def write_new(path: Path, text: str, option: str) -> None:
     """
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink()  # half of it would be in the way of the next try
+                raise
     except FileExistsError as error:
         raise UsageError(f"{path} exists and is left as it is; name a new file with {option}") from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Values of the options that limit what may be recommended."""
+"""Values of the options that limit what may be recommended; the options themselves are in `commands._limits`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def kept(
         engine: name of the one that measures.
         versions: of what it measures with.
         dtypes: whose arithmetic rate is wanted; a new one is measured together with those of before.
-        measure: called where nothing sound is kept; None is not kept.
+        measure: called where not all is kept; where it gives None, what is kept has to do.
     """
     path = _path(f"ceilings-{digest([machine.fingerprint, engine, dict(versions)], 16)}.json")
     known = None if path is None else _read(path)
@@ -33,7 +33,9 @@ def kept(
     if known is not None and rates.keys() >= set(dtypes):
         return known
     measured = measure(sorted({*dtypes, *rates}))
-    if path is not None and measured is not None:
+    if measured is None:
+        return known
+    if path is not None:
         _keep(path, measured)
     return measured
 

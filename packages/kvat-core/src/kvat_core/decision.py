@@ -8,6 +8,7 @@ which is the incumbent wherever it is among them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from kvat_core.field import Field
 from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import Confidence, Ratio, Ratios, Verdict
 
+MEMORY_STEP = 0.02
+"""Log of a ratio of peaks within which two count as equal."""
 MAX_PROBABILITY = 0.99
 """A run of a few launches on one machine is never surer than this."""
 
@@ -56,10 +59,10 @@ def decide(run: Run) -> Decision | None:
 def _choose(field: Field, incumbent: str, leader: str) -> tuple[str, Verdict]:
     near = field.near(leader)
     if incumbent not in field.preferred:
-        return min(near, key=lambda name: _plainness(field.run, name)), "better"
+        return _plainest(field.run, near), "better"
     better = [name for name in near if field.shown_better(name, incumbent)]
     if better:
-        return min(better, key=lambda name: _plainness(field.run, name)), "better"
+        return _plainest(field.run, better), "better"
     ahead = field.claimed(field.fastest, incumbent)
     return incumbent, "undecided" if ahead.mean >= math.log1p(field.epsilon) or ahead.n < 2 else "tie"
 
@@ -73,11 +76,18 @@ def _equivalents(field: Field, winner: str) -> tuple[str, ...]:
     )
 
 
-def _plainness(run: Run, candidate_id: str) -> tuple[int, int, int, int]:
-    """Tie-break, less is better: memory that matters (in steps of 2 %), no compilation, simpler values, order."""
-    index, entry = next(pair for pair in enumerate(run.candidates) if pair[1].candidate.id == candidate_id)
-    memory_steps = round(scoring.memory_log(run, candidate_id) / 0.02)
-    return memory_steps, int(entry.candidate.compiles), entry.candidate.complexity, index
+def _plainest(run: Run, names: Sequence[str]) -> str:
+    """Who is taken of equals: no failure, less memory where it matters (in steps of 2 %), no compilation, simplest."""
+    peaks = scoring.compared_peaks(run)
+    failed = {one.cell.candidate for one in run.timing_failures}
+    place = {entry.candidate.id: rank for rank, entry in enumerate(run.candidates)}
+
+    def key(name: str) -> tuple[bool, int, bool, int, int]:
+        candidate = run.entry(name).candidate
+        memory_steps = round(math.log(peaks[name]) / MEMORY_STEP) if name in peaks else 0
+        return name in failed, memory_steps, candidate.compiles, candidate.complexity, place[name]
+
+    return min(names, key=key)
 
 
 def _ratios(field: Field, winner: str, incumbent: str) -> Ratios:
@@ -104,14 +114,24 @@ def _passed_over(field: Field, winner: str) -> dict[str, stats.Comparison]:
     return {name: seen for name, seen in found.items() if scoring.may_win(run, name)}
 
 
+def _unmeasured(run: Run) -> list[str]:
+    return [
+        name
+        for name in run.live
+        if run.alias_of(name) is None and scoring.may_win(run, name) and not scoring.complete_rounds(run, name)
+    ]
+
+
 def _confidence(field: Field, winner: str) -> Confidence:
     """Probability that no candidate that may win, raced or passed over after screening, beats the winner by over ε."""
     run = field.run
     threshold = math.log1p(field.epsilon)
     raced = [field.compare(name, winner) for name in field.eligible if name != winner]
     passed_over = _passed_over(field, winner)
+    # A run that was cut short may not have come to all; of these nothing is known.
+    unknown = [] if run.before_the_blocks else [stats.compare([]) for _ in _unmeasured(run)]
     none_seen = stats.probability_of_none_above(
-        [*raced, *passed_over.values()], threshold, f"{run.header.seed}/{winner}"
+        [*raced, *passed_over.values(), *unknown], threshold, f"{run.header.seed}/{winner}"
     )
     none_unseen = 1 - screening.chance_of_better_unseen(run, threshold) if run.before_the_blocks else 1.0
     probability = min(MAX_PROBABILITY, none_seen * none_unseen)

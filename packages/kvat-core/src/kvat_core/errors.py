@@ -22,6 +22,12 @@ class NothingFeasible(KvatError):
     exit_code = 4
 
 
+class NotDecided(KvatError):
+    """What has been measured so far does not suffice; a run that goes on may."""
+
+    exit_code = 3
+
+
 class AllFailed(KvatError):
     """Every candidate failed; the journal holds each reason."""
 

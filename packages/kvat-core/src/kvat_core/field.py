@@ -41,15 +41,17 @@ class Field:
         measured = [name for name in run.live if run.alias_of(name) is None and scoring.complete_rounds(run, name)]
         every = scoring.utilities(run, measured)
         self.utilities = _comparable(every if until is None else _cut(every, until), run.incumbent)
+        """Of all that share a block with what runs today, or else with the one that has most."""
         fit = [name for name in self.utilities if scoring.unfit_reason(run, name) is None]
         self.eligible, self.preferred = limits.judged(run, fit)
         """Who fails no limit, and takes part in all statistics; and who of these is chosen from."""
 
     @cached_property
     def reference(self) -> str | None:
-        """What the others are compared with: what runs today, or the first that has figures."""
+        """What the others are compared with: what runs today, or the first of those that have most blocks."""
         today = self.run.incumbent
-        return today if today in self.utilities else next(iter(self.eligible), None)
+        most = max(self.utilities, key=lambda name: len(self.utilities[name].score), default=None)
+        return today if today in self.utilities else most
 
     @cached_property
     def leader(self) -> str:
@@ -91,14 +93,18 @@ class Field:
         ]
 
     def mean(self, over: str, under: str) -> float:
-        """Best estimate of a log score ratio."""
-        return fmean(self.log_ratios(over, under))
+        """Best estimate of a log score ratio; of two that never met, through what they are compared with."""
+        logs = self.log_ratios(over, under)
+        if logs or self.reference in (None, over, under):
+            return fmean(logs) if logs else 0.0
+        return self.mean(over, self.reference) - self.mean(under, self.reference)
 
     def compare(self, over: str, under: str, kind: Kind = "score") -> Comparison:
         """One candidate against another, in the blocks that both have; itself it equals exactly."""
         if over == under:
             return Comparison(0.0, 0.0, math.inf, len(self.utilities[over].score))
-        return stats.compare(self.log_ratios(over, under, kind), self._spread(over, under, kind))
+        logs = self.log_ratios(over, under, kind)
+        return stats.compare(logs, self._lent(over, under, kind, logs))
 
     def claimed(self, over: str, under: str, kind: Kind = "score") -> Comparison:
         """The same for what is claimed: by the fresh blocks alone, where there are some.
@@ -108,18 +114,25 @@ class Field:
         fresh = self.log_ratios(over, under, kind, fresh=True)
         if over == under or len(fresh) < LEAST_FRESH:
             return self.compare(over, under, kind)
-        return stats.compare(fresh, self._spread(over, under, kind))
+        return stats.compare(fresh, self._lent(over, under, kind, fresh))
 
-    def _spread(self, over: str, under: str, kind: Kind) -> Spread | None:
-        """What pairs like this one tell of its spread: those in the same launch, or in different ones."""
+    def _lent(self, over: str, under: str, kind: Kind, own: list[float]) -> Spread | None:
+        """What other pairs tell of the spread of this one: those in the same launch, or in different ones."""
         together = self._share_launches(over, under)
         known = self._spreads(kind)
-        return known[together] or known[not together]
+        alike = known[together]
+        if alike is None:
+            return known[not together]
+        return stats.without(alike, own) if {over, under} <= self._steady else alike
+
+    @cached_property
+    def _steady(self) -> set[str]:
+        """Whose pairs tell of the spread: those that can still win, and what runs today."""
+        return {*self.contenders, *({self.run.incumbent} & self.utilities.keys())}
 
     def _spreads(self, kind: Kind) -> dict[bool, Spread | None]:
         if kind not in self._pooled:
-            today = {self.run.incumbent} & self.utilities.keys()
-            names = sorted({*self.contenders, *today})
+            names = sorted(self._steady)
             pairs = [(self._share_launches(*pair), self.log_ratios(*pair, kind)) for pair in combinations(names, 2)]
             self._pooled[kind] = {
                 together: stats.pooled([logs for shared, logs in pairs if shared == together])
@@ -199,10 +212,11 @@ def _is_below(found: Comparison, limit: float) -> bool:
 
 
 def _comparable(utilities: dict[str, Utility], today: str) -> dict[str, Utility]:
-    """Those that share a block with what runs today, where that has any."""
-    if today not in utilities:
-        return utilities
-    blocks = utilities[today].score.keys()
+    """Those that share a block with what runs today, where that has any, or else with the one that has most."""
+    if not utilities:
+        return {}
+    anchor = today if today in utilities else max(utilities, key=lambda name: len(utilities[name].score))
+    blocks = utilities[anchor].score.keys()
     return {name: one for name, one in utilities.items() if one.score.keys() & blocks}
 
 

@@ -125,7 +125,7 @@ def read_journal(path: Path) -> Iterator[Event]:
             except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
                 raise JournalDamaged(
                     f"{path}: line {number + 1} is damaged; nothing was read from there on "
-                    "and nothing was changed: restore the file, or start anew with --force"
+                    "and nothing was changed: restore the file, or measure anew with kvat tune --force"
                 ) from error
 
 

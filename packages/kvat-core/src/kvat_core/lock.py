@@ -54,6 +54,16 @@ def refuse_if_held(path: Path) -> None:
             pass
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living process of this machine holds the lock file; nothing is touched."""
+    try:
+        with path.open("rb") as file:
+            owner = _owner(file)
+    except OSError:
+        return False
+    return owner is not None and _is_alive(owner)
+
+
 def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("a+b", buffering=0)

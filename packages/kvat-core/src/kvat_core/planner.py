@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from kvat_core import context, limits, metrics, scoring, stats, utilisation
 from kvat_core.decision import Decision, decide
 from kvat_core.drift import drift
-from kvat_core.errors import AllFailed, NothingFeasible
+from kvat_core.errors import AllFailed, NotDecided, NothingFeasible
 from kvat_core.field import MIN_DIFFERENCE
 from kvat_core.pareto import Objectives, pareto_front
 from kvat_core.rules import derive_rules
@@ -71,8 +71,9 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
     """Decide from what was measured.
 
     Raises:
-        AllFailed: no candidate has figures.
-        NothingFeasible: some have, but none of those may be recommended, and not only for the limits.
+        AllFailed: every candidate failed.
+        NotDecided: what was measured so far does not suffice.
+        NothingFeasible: some have figures, but none of those may be recommended, and not only for the limits.
     """
     decision = decide(run)
     closest = () if decision is not None else _closest(run)
@@ -125,19 +126,21 @@ def _closest(run: Run) -> tuple[NearMiss, ...]:
     return () if run.incumbent in run.live and run.incumbent not in fit else limits.closest(run, fit)
 
 
-def _no_winner(run: Run) -> AllFailed | NothingFeasible:
+def _no_winner(run: Run) -> AllFailed | NotDecided | NothingFeasible:
+    if not run.candidates:
+        return NotDecided("nothing has been measured yet; go on with --resume")
     measured = [name for name in run.live if scoring.complete_rounds(run, name)]
-    if measured and run.incumbent not in measured and run.incumbent in run.live:
-        return NothingFeasible("what runs today has not been measured yet, so there is nothing to compare with")
+    if run.incumbent in run.live and run.incumbent not in measured:
+        return NotDecided("what runs today has not been measured in full yet; go on with --resume")
+    if any(name not in measured and scoring.may_win(run, name) for name in run.live):
+        return NotDecided("nobody who may be recommended has been measured in full yet; go on with --resume")
     if measured:
         return NothingFeasible(
             "no measured candidate may be recommended: each may change the output; --set one to accept it"
         )
-    if run.before_the_blocks and run.samples and not run.failures:
-        return NothingFeasible("nothing has been measured in blocks yet, so there is nothing to compare")
     kinds = sorted({failed.failure.kind for failed in run.failures.values()})
-    first = next((failed.failure.reason for failed in run.failures.values()), "nothing was measured")
-    return AllFailed(f"every candidate failed ({', '.join(kinds) or 'none was tried'}); the first: {first}")
+    first = next((failed.failure.reason for failed in run.failures.values()), "nothing was to be tried")
+    return AllFailed(f"every candidate failed ({', '.join(kinds) or 'there was none'}); the first: {first}")
 
 
 def _choice(run: Run, candidate_id: str) -> Choice:
@@ -224,10 +227,10 @@ def _memory_notes(run: Run) -> list[str]:
         f"peak memory could not be read ({_in_words(failure)}): {_few(labels)}"
         for failure, labels in _grouped([(one.failure, _choice(run, one.cell.candidate).label) for one in _unread(run)])
     ]
-    if run.header.profile.objective.shares()["memory"] == 0 or not scoring.memory_binds(run):
+    matters = scoring.memory_matters_to(run)
+    if run.header.profile.objective.shares()["memory"] == 0 or not matters:
         return notes
-    measured = [name for name in run.live if scoring.complete_rounds(run, name)]
-    unknown = [_choice(run, name).label for name in measured if scoring.own_peak(run, name) is None]
+    unknown = [_choice(run, name).label for name in matters if scoring.own_peak(run, name) is None]
     if unknown and scoring.compared_peaks(run):
         notes.append(f"where peak memory could not be read, it counts as all that there is: {_few(unknown)}")
     elif unknown:
@@ -340,6 +343,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         score=decision.scores.get(original or candidate.id),
         limits=judged,
         max_context_tokens=None if longest is None else longest.tokens,
+        max_context_bounded_by=None if longest is None else longest.bounded_by,
         scenarios=tuple(_scenario_results(run, entry)),
     )
 

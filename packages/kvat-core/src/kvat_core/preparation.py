@@ -294,15 +294,21 @@ def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[st
 
 
 def _public_id(engine: Engine, model_id: str, *, local: bool) -> str:
-    schemes = (own for own in engine.own_models if own.endswith(":"))
-    scheme = next((own for own in schemes if model_id.startswith(own)), "")
+    scheme = _scheme(engine, model_id)
     # In full, because such as "." has no last part.
     named = scheme + os.path.abspath(model_id.removeprefix(scheme)) if local else model_id  # noqa: PTH100
     return public_model_id(named, scheme, local=local)
 
 
+def _scheme(engine: Engine, model_id: str) -> str:
+    """What of a model's name the engine has put in front, such as ``random:``; empty for a plain one."""
+    schemes = (own for own in engine.own_models if own.endswith(":"))
+    return next((own for own in schemes if model_id.startswith(own)), "")
+
+
 def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:
-    name = _public_id(engine, model_id, local=is_path(model_id))
+    local = is_path(model_id.removeprefix(_scheme(engine, model_id)))
+    name = _public_id(engine, model_id, local=local)
     return Path("kvat-out") / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{profile_name}").strip("-.")
 
 
@@ -387,25 +393,29 @@ def _too_large(footprints: Mapping[str, Footprint], header: Header) -> str | Non
 
 
 def _with_ceilings(
-    seen: Preparation, open_worker: OpenWorker, limits: Deadlines, announce: Callable[[str], None]
+    seen: Preparation, open_worker: OpenWorker, deadlines: Deadlines, announce: Callable[[str], None]
 ) -> Header:
     """What the machine can do at most, where the footprints of candidates can be held against it."""
-    header = seen.header
+    header, notes = seen.header, list(seen.header.notes)
     today = next(entry.candidate.id for entry in seen.entries if entry.incumbent)
     place = Cell(candidate=today, scenario=header.profile.scenarios[0].key)
 
     def measure(dtypes: Sequence[str]) -> Ceilings | None:
         announce("measuring what this machine can do at most, once")
-        return _ask_ceilings(header, dtypes, seen.recipe_at(place).environment, open_worker, limits)
+        try:
+            return _ask_ceilings(header, dtypes, seen.recipe_at(place).environment, deadlines, open_worker)
+        except WorkerFailed as failed:
+            reason = f"{failed.failure.kind}, {anonymous(failed.failure.reason)}"
+        except UsageError as error:
+            reason = anonymous(str(error))
+        notes.append(f"what this machine can do at most is not known, or not in all dtypes ({reason})")
+        return None
 
     try:
         found = _ceilings(header, seen.entries, measure)
-    except WorkerFailed as failed:
-        note = f"what this machine can do at most is not known ({failed.failure.kind}, {failed.failure.reason})"
-        return header.model_copy(update={"notes": (*header.notes, note)})
     except Interrupted as stopped:
         raise type(stopped)(f"{stopped}; measuring had not begun, and nothing was changed") from stopped
-    return header.model_copy(update={"ceilings": found})
+    return header.model_copy(update={"ceilings": found, "notes": tuple(notes)})
 
 
 def _ceilings(header: Header, entries: Sequence[CandidateEntry], measure: ceilings.Measure) -> Ceilings | None:
@@ -422,8 +432,8 @@ def _ask_ceilings(
     header: Header,
     dtypes: Sequence[str],
     environment: Mapping[str, str],
+    deadlines: Deadlines,
     open_worker: OpenWorker,
-    limits: Deadlines,
 ) -> Ceilings | None:
     """In a child of its own, as one of what runs today, in which nothing has run that would change a first call."""
     arguments: dict[str, JsonValue] = {
@@ -432,8 +442,8 @@ def _ask_ceilings(
         "dtypes": list(dtypes),
     }
     with open_worker(environment) as worker:
-        worker.call("start", {"engine": header.engine, "scratch": None}, "start", CallLimits(limits.start_s))
-        measured = worker.call("ceilings", arguments, "ceilings", CallLimits(limits.load_s))
+        worker.call("start", {"engine": header.engine, "scratch": None}, "start", CallLimits(deadlines.start_s))
+        measured = worker.call("ceilings", arguments, "ceilings", CallLimits(deadlines.load_s))
     return None if measured is None else Ceilings.model_validate(measured)
 
 

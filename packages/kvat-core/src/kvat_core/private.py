@@ -22,7 +22,17 @@ def keyed_digest(text: str, *, or_for_now: bool = False) -> str | None:
         or_for_now: take a key that lasts as long as this process where no other can be kept, rather than none.
     """
     key = _key() or (_key_for_now() if or_for_now else None)
-    return None if key is None else hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+    return None if key is None else _digest(key, text)
+
+
+def digest_if_known(text: str) -> str | None:
+    """The same with the key that is there; None where there is none, as none is made."""
+    key = _key(make=False)
+    return None if key is None else _digest(key, text)
+
+
+def _digest(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
 @cache
@@ -30,10 +40,10 @@ def _key_for_now() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
-def _key() -> bytes | None:
+def _key(*, make: bool = True) -> bytes | None:
     try:
         path = _config_home() / "kvat" / "key"
-        if not path.exists():
+        if make and not path.exists():
             _create(path)
         key = path.read_bytes()
     except (OSError, RuntimeError):  # the latter: a user without a home

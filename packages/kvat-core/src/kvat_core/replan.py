@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvat_core import private, profiles, prompts
+from kvat_core import lock, outputs, private, profiles, prompts
 from kvat_core.errors import AllFailed, NothingFeasible, UsageError
 from kvat_core.journal import journal_sha256, read_journal
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
-from kvat_core.schema import Header, JournalRef, Plan, Profile, PromptSource
+from kvat_core.schema import Header, JournalRef, Limits, Plan, Profile, PromptSource
 
+LIMITS_NOTE = "the limits are those that were asked for now, not of the run"
 _OF_THE_RUN = ("prompt", "launches", "samples", "warmup")
 """What of a profile says how to measure, and so stays what it was."""
 
 
-def decide_again(journal: Path, profile: Profile | None = None) -> Plan:
+def decide_again(journal: Path, profile: Profile | None = None, limits: Limits | None = None) -> Plan:
     """The plan that a journal gives.
 
     Args:
         journal: of a run, finished or not; it is read only.
         profile: traffic and weights to decide for instead of the run's own. How it was measured stays as it was, and
             where the profile asks for something else, a note in the plan says so.
+        limits: those that are set replace the profile's.
 
     Raises:
         UsageError: the journal cannot be read, holds no run or is being written, or lacks a shape of the profile.
         JournalDamaged: it does not verify.
-        AllFailed: no candidate has figures in all scenarios.
-        NothingFeasible: some have, but none of those may be recommended.
+        AllFailed: every candidate failed.
+        NotDecided: what was measured so far does not suffice.
+        NothingFeasible: some have figures, but none of those may be recommended.
     """
     run, sha256 = _read(journal)
     if profile is not None:
         run = _asked_for(profile, run, journal)
+    if limits is not None and (wanted := run.header.profile.limits.replaced_by(limits)) != run.header.profile.limits:
+        run = _noted(run.asked(run.header.profile.model_copy(update={"limits": wanted})), [LIMITS_NOTE])
     try:
         return make_plan(run, JournalRef(file=journal.name, sha256=sha256, samples=len(run.samples)))
     except (AllFailed, NothingFeasible) as error:
@@ -40,6 +46,9 @@ def decide_again(journal: Path, profile: Profile | None = None) -> Plan:
 
 def _read(journal: Path) -> tuple[Run, str]:
     """The run that is in a journal, and the digest of its file."""
+    being_written = f"{journal} is being written; decide again when its run has ended"
+    if lock.is_held(journal.parent / outputs.LOCK):
+        raise UsageError(being_written)
     try:
         sha256 = journal_sha256(journal)
         run = Run.from_events(read_journal(journal))
@@ -49,7 +58,7 @@ def _read(journal: Path) -> tuple[Run, str]:
     except ValueError as error:
         raise UsageError(f"{journal} holds no run; name the journal.jsonl of one") from error
     if changed:
-        raise UsageError(f"{journal} is being written; decide again when its run has ended")
+        raise UsageError(being_written)  # by a run elsewhere, whose lock tells nothing here
     return run, sha256
 
 
@@ -82,9 +91,13 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
     if fitted.limits != measured.limits:
         notes = (*notes, f"the limits are those of profile {profile.name}, not of the run")
     asked = run.asked(fitted.model_copy(update=kept))
-    new = [note for note in notes if note not in run.header.notes]
-    asked.header = asked.header.model_copy(update={"notes": (*run.header.notes, *new)})
-    return asked
+    return _noted(asked, [note for note in notes if note not in run.header.notes])
+
+
+def _noted(run: Run, notes: Sequence[str]) -> Run:
+    """The run with more notes."""
+    run.header = run.header.model_copy(update={"notes": (*run.header.notes, *notes)})
+    return run
 
 
 def _is_text_of(source: PromptSource, header: Header) -> bool:
@@ -95,4 +108,4 @@ def _is_text_of(source: PromptSource, header: Header) -> bool:
         text = prompts.resolve(source).value or ""
     except UsageError:
         return False
-    return header.prompt_digest is not None and private.keyed_digest(text) == header.prompt_digest
+    return header.prompt_digest is not None and private.digest_if_known(text) == header.prompt_digest

@@ -155,35 +155,33 @@ def own_resources(run: Run, candidate_id: str) -> Resources | None:
     return next((memory[cell] for cell in originals if cell in memory), None)
 
 
-def memory_binds(run: Run) -> bool:
-    """Whether memory is limited, or any launch used so much that a smaller peak is worth something.
+def memory_matters_to(run: Run) -> list[str]:
+    """Candidates with figures whose peak memory is part of their score; empty where there is plenty for all.
 
-    The peak of a shared launch bounds the peak of each candidate in it from above.
+    A smaller peak is worth something to all where memory is limited, or where what runs today uses so much, and else to
+    those that use so much themselves. So a candidate that is greedy, and hopeless, changes nothing between the others.
+    As long as a peak of its own is not known, those of the launches that a candidate was in bound it from above.
     """
+    names = [name for name in run.live if complete_rounds(run, name)]
     if limits.limits_memory(run.header.profile.limits):
-        return True
-    return any(_share_used(run, measured.resources) > MEMORY_PLENTY for measured in run.measured)
-
-
-def memory_log(run: Run, candidate_id: str) -> float:
-    """Log of the binding memory's peak in bytes; 0 for all where memory is plentiful, or unknown for any of them."""
-    own = compared_peaks(run).get(candidate_id)
-    return 0.0 if own is None else math.log(own)
+        return names
+    shares = _shares_used(run)
+    greedy = [name for name in names if _share_of(run, name, shares) > MEMORY_PLENTY]
+    return names if run.incumbent in greedy or (greedy and run.incumbent not in names) else greedy
 
 
 def compared_peaks(run: Run) -> Mapping[str, int]:
     """Peak of the binding memory in bytes of every candidate with figures; nothing where memory is not compared.
 
-    That is so where it is plentiful, or not read yet for any of them, or unknown for the incumbent, without whom nobody
-    can be said to save some. Another one whose peak could not be read counts with all memory there is, which wins it
-    nothing.
+    That is so where it matters to nobody, or was not read yet of any to whom it does, or is unknown for the incumbent,
+    without whom nobody can be said to save some. Another one whose peak could not be read counts with all memory there
+    is, which wins it nothing; and one to whom memory does not matter with the incumbent's.
     """
-    if not memory_binds(run):
-        return {}
+    matters, today = memory_matters_to(run), own_peak(run, run.incumbent)
     peaks: dict[str, int] = {}
-    for name in (name for name in run.live if complete_rounds(run, name)):
-        peak = own_peak(run, name)
-        if peak is None and name != run.incumbent and _was_tried(run, name):
+    for name in (name for name in run.live if complete_rounds(run, name)) if matters else ():
+        peak = own_peak(run, name) if name in matters else today
+        if peak is None and name != run.incumbent and name in matters and _was_tried(run, name):
             peak = _all_memory(run)
         if peak is None:
             return {}
@@ -224,6 +222,26 @@ def _all_memory(run: Run) -> int:
 
 def _peak(resources: Resources) -> int | None:
     return resources.peak_device_bytes or resources.peak_host_bytes
+
+
+def _shares_used(run: Run) -> dict[Cell, float]:
+    """Share of the memory that the least greedy launch with a cell has used, of every cell that was measured."""
+    found: dict[Cell, float] = {}
+    for measured in run.measured:
+        share = _share_used(run, measured.resources)
+        for cell in measured.cells:
+            found[cell] = min(share, found.get(cell, math.inf))
+    return found
+
+
+def _share_of(run: Run, candidate_id: str, shares: Mapping[Cell, float]) -> float:
+    """Of a candidate: by its own process, where there was one; else the most that its launches leave possible."""
+    own = own_resources(run, candidate_id)
+    if own is not None:
+        return _share_used(run, own)
+    if _was_tried(run, candidate_id):
+        return 1.0
+    return max((shares.get(run.original(cell), 0.0) for cell in run.cells(candidate_id)), default=0.0)
 
 
 def _share_used(run: Run, resources: Resources) -> float:

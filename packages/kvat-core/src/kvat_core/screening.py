@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 from scipy.special import stdtrit
 
-from kvat_core import scoring, stats
+from kvat_core import limits, scoring, stats
 from kvat_core.run import Run
 from kvat_core.stats import Comparison
 
@@ -71,15 +71,17 @@ def passed_over(run: Run, winner: Comparison, raced: Mapping[str, float], refere
 
 
 def chance_of_better_unseen(run: Run, by: float) -> float:
-    """Probability that a candidate not screened yet is better than the best one seen, by more than a log ratio.
+    """Probability that a candidate not screened yet is better than the best of those seen that may win, by a log ratio.
 
     Launches come in random order, so the best launch of all is among those still to come with the share of these;
     by how much it is then better follows an exponential tail, estimated from the launches seen. That is worth nothing
     for values that nobody seen has, so then it is certain.
     """
-    names = [name for name in run.live if run.alias_of(name) is None]
-    found = standing(run, names)
-    left = {name for name in names if name not in found and scoring.may_win(run, name)}
+    names = [name for name in run.live if run.alias_of(name) is None and scoring.may_win(run, name)]
+    seen = standing(run, names)
+    # Who cannot be chosen is no measure of what is still to be found.
+    found = {name: ahead for name, ahead in seen.items() if not limits.apparent_miss(run, name)}
+    left = {name for name in names if name not in seen}
     if not left:
         return 0.0
     best = _best_by_launch(run, found)

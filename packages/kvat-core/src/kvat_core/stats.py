@@ -75,9 +75,12 @@ def compare(log_ratios: Sequence[float], borrowed: Spread | None = None) -> Comp
     """Mean of paired log ratios, with a standard error that moderates their own spread by that of other pairs.
 
     A few blocks tell little of their spread. Taken together with what others show, as so many more degrees of freedom,
-    they tell more (Smyth, "Linear models and empirical Bayes methods", 2004, equation for the moderated t).
+    they tell more (Smyth, "Linear models and empirical Bayes methods", 2004, equation for the moderated t). Without any
+    block nothing is known.
     """
     n = len(log_ratios)
+    if n == 0:
+        return Comparison(0.0, None, 0.0, 0)
     own = _variance(log_ratios) if n > 1 else 0.0
     lent, taken = (min(borrowed.df, MOST_BORROWED), borrowed.variance) if borrowed else (0.0, 0.0)
     df = n - 1 + lent
@@ -98,6 +101,15 @@ def pooled(pairs: Sequence[Sequence[float]]) -> Spread | None:
     candidates = (1 + math.sqrt(1 + 8 * len(usable))) / 2
     blocks = fmean(len(pair) for pair in usable)
     return Spread(fmean(_variance(pair) for pair in usable), (candidates - 1) * (blocks - 1))
+
+
+def without(spread: Spread, pair: Sequence[float]) -> Spread | None:
+    """What a pooled spread tells besides one of its pairs, whose blocks count as its own; None = nothing."""
+    own_df = len(pair) - 1
+    df = spread.df - own_df
+    if own_df < 1 or df <= 0:
+        return None if own_df >= 1 else spread
+    return Spread(max(0.0, (spread.df * spread.variance - own_df * _variance(pair)) / df), df)
 
 
 def allowance_for_few(df: float) -> float:

@@ -17,6 +17,7 @@ from kvat_core.errors import (
     CannotWrite,
     Interrupted,
     KvatError,
+    NotDecided,
     NothingFeasible,
     Paused,
     UsageError,
@@ -105,7 +106,7 @@ def tune(
 
     Raises:
         UsageError: unusable input or environment; nothing was measured and nothing touched.
-        AllFailed: no candidate has figures; the journal in `out` tells why.
+        AllFailed: every candidate failed; the journal in `out` tells why.
         NothingFeasible: none of those that have may be recommended, and not only for the limits.
         BudgetUsedUp: before anything could be decided; what was measured is in the journal.
         CannotWrite: a result cannot be written; what was measured before is in the journal.
@@ -272,7 +273,7 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
     reports, warnings = discovery.reports()
     try:
         plan = make_plan(run, ref)
-    except (AllFailed, NothingFeasible) as error:
+    except (AllFailed, NotDecided, NothingFeasible) as error:
         of_before = (outputs.PLAN, outputs.SNIPPET, *(report.file_name for report in reports))
         moved = _moved_aside(out, of_before)
         if stopped is not None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from kvat_cli.commands._limits import MaxRam, MaxTpot, MaxTtft, MaxVram, MinContext, MinDecodeTps
+
 Pairs = list[str] | None
 
 
@@ -36,20 +38,12 @@ def tune(
     incumbent: Annotated[
         Pairs, typer.Option(metavar="KNOB=V", help="What runs today, where it is not the default; repeatable.")
     ] = None,
-    max_vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Most device memory, e.g. 6GiB.")] = None,
-    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Most main memory, e.g. 800MiB.")] = None,
-    max_ttft: Annotated[
-        str | None, typer.Option(metavar="[pN:]TIME", help="Longest time to first token, e.g. p95:300ms.")
-    ] = None,
-    max_tpot: Annotated[
-        str | None, typer.Option(metavar="[pN:]TIME", help="Longest time per output token, e.g. 50ms.")
-    ] = None,
-    min_decode_tps: Annotated[
-        str | None, typer.Option(metavar="[pN:]RATE", help="Least decode rate in tokens per second, e.g. 20.")
-    ] = None,
-    min_context: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")
-    ] = None,
+    max_vram: MaxVram = None,
+    max_ram: MaxRam = None,
+    max_ttft: MaxTtft = None,
+    max_tpot: MaxTpot = None,
+    min_decode_tps: MinDecodeTps = None,
+    min_context: MinContext = None,
     max_context: Annotated[
         str,
         typer.Option(

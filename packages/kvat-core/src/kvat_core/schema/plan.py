@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 from typing_extensions import Self
 
-from kvat_core.errors import NothingFeasible, UsageError
+from kvat_core.errors import NotDecided, NothingFeasible, UsageError
 from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.fallback import Rule, Situation, needed_bytes
 from kvat_core.schema.machine import Machine
@@ -136,6 +136,9 @@ class CandidateResult(Record):
     max_context_tokens: int | None = Field(
         default=None, description="longest context that is shown to run; null = not measured"
     )
+    max_context_bounded_by: BoundedBy | None = Field(
+        default=None, description="what ends it, as in max_context of the plan; null = not measured"
+    )
     scenarios: tuple[ScenarioResult, ...] = ()
 
     @property
@@ -166,10 +169,12 @@ class CandidateResult(Record):
         short = max((needed_bytes(peak) - free for peak, free in told if peak is not None), default=0)
         return None if short <= 0 and any(peak is None for peak, _ in told) else max(0, short)
 
-    def holds(self, prompt_tokens: int | None) -> bool:
-        """Whether a prompt fits its longest context, as far as that is known, with room for a token."""
+    def holds(self, prompt_tokens: int | None) -> bool | None:
+        """Whether a prompt fits its longest context, with room for a token; None = nobody has tried so long a one."""
         longest = self.max_context_tokens
-        return prompt_tokens is None or longest is None or prompt_tokens < longest
+        if prompt_tokens is None or (longest is not None and prompt_tokens < longest):
+            return True
+        return None if longest is None or self.max_context_bounded_by in ("user", "time") else False
 
     def runs_without(self, features: tuple[str, ...]) -> bool:
         """Whether it has none of these settings, each KNOB=VALUE."""
@@ -313,13 +318,16 @@ class Plan(Record):
 
         Raises:
             NothingFeasible: there is none, because no candidate keeps the limits.
+            NotDecided: the same of those that were measured before the run was ended.
         """
         if self.winner is not None:
             return self.winner
         first = self.closest[0]
-        misses = " and ".join(miss.reason for miss in first.misses)
+        misses = f"the closest, {first.label}, {' and '.join(miss.reason for miss in first.misses)}"
+        if self.partial and any(candidate.state == "not_reached" for candidate in self.candidates):
+            raise NotDecided(f"no candidate measured so far keeps the limits; {misses}; go on with --resume")
         raise NothingFeasible(
-            f"no candidate keeps the limits; the closest, {first.label}, {misses}; tune again with wider limits or a "
+            f"no candidate keeps the limits; {misses}; decide again for wider ones with kvat plan, or tune with a "
             "wider --space"
         )
 
@@ -339,17 +347,23 @@ class Plan(Record):
 
         Where the winner cannot either, it is the one with the best score of those that can; where memory is too short
         for all, the one for which least is lacking. A candidate whose peak is unknown counts as fitting wherever the
-        winner does. So with more free memory, and all else equal, nothing that is less preferred is ever chosen. After
-        an error the winner, which has ended so, is chosen only where nothing else is left.
+        winner does, and one of which nobody knows whether it holds the prompt as holding it wherever the winner is not
+        known to fail. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.
+        After an error the winner, which has ended so, is chosen only where nothing else is left.
 
         Raises:
             NothingFeasible: there is no winner, or all candidates have a setting that is missing, or hold too little.
+            NotDecided: there is no winner yet.
         """
         winner = self.candidate(self.require_winner().id)
+        unless_known = winner.holds(situation.prompt_tokens) is not False
+
+        def holds(one: CandidateResult) -> bool:
+            own = one.holds(situation.prompt_tokens)
+            return unless_known if own is None else own
+
         usable = [
-            one
-            for one in self._by_preference(situation)
-            if one.runs_without(situation.missing_features) and one.holds(situation.prompt_tokens)
+            one for one in self._by_preference(situation) if one.runs_without(situation.missing_features) and holds(one)
         ]
         if not usable:
             raise NothingFeasible("no candidate of the plan can run in this situation; tune again for it")

@@ -93,11 +93,13 @@ def incumbent_first(groups: list[list[Cell]], incumbent: str) -> list[list[Cell]
 def unmeasured_peaks(run: Run, finalists: Collection[str]) -> list[Cell]:
     """Largest scenario of each candidate whose own peak memory the plan needs and nobody has read.
 
-    Those are the finalists; where memory binds, and so counts in the scores, all that were measured in blocks.
+    Those are the finalists, and all to whom memory matters.
     """
-    wanted: Sequence[str] = [name for name in run.live if name in finalists]
-    if scoring.memory_binds(run):
-        wanted = [name for name in run.live if scoring.complete_rounds(run, name)]
+    matters = scoring.memory_matters_to(run)
+    wanted = dict.fromkeys([name for name in run.live if name in finalists])
+    if matters:
+        # It is compared with that of what runs today.
+        wanted = dict.fromkeys(name for name in run.live if name in {*finalists, *matters, run.incumbent})
     largest = max(run.scenarios.values(), key=lambda scenario: scenario.total_tokens * scenario.batch_size).key
     cells = {run.original(Cell(candidate=name, scenario=largest)): None for name in wanted}
     return [cell for cell in cells if cell not in run.memory_tried]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
-from kvat_core.scoring import memory_binds
+from kvat_core.scoring import memory_matters_to
 from kvat_core.search._base import Search, incumbent_first, memory_order, unmeasured_peaks
 from kvat_core.search._context import context_trials_left, next_context_trial
 
@@ -29,7 +29,7 @@ class Grid(Search):
         if not timing:
             return len(_peaks(run)) + context_trials_left(run)
         # Until the winner is known, it counts as another one than the incumbent.
-        return timing + (len(run.live) if memory_binds(run) else 2)
+        return timing + max(2, len(memory_matters_to(run)))
 
     def _groups(self, run: Run, number: int) -> list[list[Cell]]:
         groups = self.outstanding(run, number, run.live)

@@ -68,6 +68,8 @@ class Optuna(Race):
     def _propose(self, run: Run, groups: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
         """A candidate, and others that share its load; what runs today comes first of all."""
         group_of = {cell.candidate: cells for cells in groups for cell in cells if may_win(run, cell.candidate)}
+        if not group_of:
+            return ()  # what is left may only be looked at
         sampler = _Sampler(run, self._seed)
         first = run.incumbent if run.incumbent in group_of else sampler.draw(group_of)
         if first is None:

@@ -79,9 +79,8 @@ class Race(Search):
     def _peaks_to_come(self, run: Run) -> int:
         """Launches for memory still to come: until the winner is known, it counts as another one than the incumbent."""
         done = len(run.ended_launches("memory"))
-        if not scoring.memory_binds(run):
-            return max(0, 2 - done)
-        return max(0, (1 + racers(run) if first_block(run) else feasible(run)) - done)
+        most = 1 + racers(run) if first_block(run) else feasible(run)
+        return max(0, min(most, max(2, len(scoring.memory_matters_to(run)))) - done)
 
     def _run_off_left(self, run: Run, timing: int) -> int:
         """Launches of the run-off still to come, roughly, with so many of the race before it."""
@@ -199,8 +198,12 @@ class Race(Search):
         blocks = NOISY_RUN_OFF_BLOCKS if (chosen.noise_floor or 0.0) > NOISY else RUN_OFF_BLOCKS
         # Where what runs today leads there is nothing to be claimed.
         least = 0 if chosen.leader == run.incumbent else LEAST_FRESH
+        # Who takes the place of one that failed comes in with the next block: in one that is over it would meet nobody.
+        begun = max((order.round for order in run.launches if order.purpose == "run_off"), default=last + 1)
         for block in range(blocks):
             number = last + 1 + block
+            if number < begun:
+                continue
             so_far = Field(run, until=number - 1) if block % 2 == 0 else None
             if so_far and block >= least and decided(so_far):
                 return None
@@ -233,7 +236,7 @@ class Race(Search):
 
     def _peak_that_counts(self, run: Run) -> LaunchOrder | None:
         """Where memory is part of the score, or limited, the peaks of all that race, after their first block."""
-        if not scoring.memory_binds(run):
+        if not scoring.memory_matters_to(run):
             return None
         first = first_block(run)
         if self.outstanding(run, first, self._racing(run, first)):

@@ -1,0 +1,16 @@
+"""The options that limit what may be recommended, for all commands that decide."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="Most device memory, e.g. 6GiB.")]
+MaxRam = Annotated[str | None, typer.Option(metavar="SIZE", help="Most main memory, e.g. 800MiB.")]
+MaxTtft = Annotated[str | None, typer.Option(metavar="[pN:]TIME", help="Longest time to first token, e.g. p95:300ms.")]
+MaxTpot = Annotated[str | None, typer.Option(metavar="[pN:]TIME", help="Longest time per output token, e.g. 50ms.")]
+MinDecodeTps = Annotated[
+    str | None, typer.Option(metavar="[pN:]RATE", help="Least decode rate in tokens per second, e.g. 20.")
+]
+MinContext = Annotated[int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")]
