@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def test_the_grid_gives_everybody_the_same(kvat: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert kvat(*TUNE, out, "--search", "grid").code == 0
     assert {order.purpose for order in launches(out)} == {"timing", "memory"}
+    timed = Counter(cell.candidate for order in launches(out) if order.purpose == "timing" for cell in order.cells)
+    eligible = [one.id for one in read_plan(out / "best_plan.json").candidates if one.eligible]
+    assert len(eligible) > 1
+    assert {timed[name] for name in eligible} == {3}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0)])

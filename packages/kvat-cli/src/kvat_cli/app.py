@@ -41,7 +41,7 @@ def kvat(
     """Find the KV-cache settings that are fastest for a model on this machine.
 
     \b
-    Exit codes: 0 done, 2 unusable input or environment, 3 budget used up
-    before a decision, 4 nothing feasible, 5 every candidate failed, 70
+    Exit codes: 0 done, 2 unusable input or environment, 3 not measured
+    enough to decide, 4 nothing feasible, 5 every candidate failed, 70
     internal error, 130 interrupted.
     """

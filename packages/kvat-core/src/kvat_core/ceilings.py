@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kvat_core import outputs
+from kvat_core import outputs, user_folders
 from kvat_core.errors import CannotWrite
 from kvat_core.schema import Ceilings, Machine, digest
 
@@ -41,10 +40,9 @@ def kept(
 
 
 def _path(name: str) -> Path | None:
-    """As the XDG Base Directory Specification says, which has a relative path ignored; None for a user without home."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    """None for a user without home."""
     try:
-        return (named if named.is_absolute() else Path.home() / ".cache") / "kvat" / name
+        return user_folders.cache_home() / "kvat" / name
     except RuntimeError:
         return None
 

@@ -9,6 +9,8 @@ import secrets
 from functools import cache
 from pathlib import Path
 
+from kvat_core import user_folders
+
 KEY_BYTES = 32
 
 
@@ -42,19 +44,13 @@ def _key_for_now() -> bytes:
 
 def _key(*, make: bool = True) -> bytes | None:
     try:
-        path = _config_home() / "kvat" / "key"
+        path = user_folders.config_home() / "kvat" / "key"
         if make and not path.exists():
             _create(path)
         key = path.read_bytes()
     except (OSError, RuntimeError):  # the latter: a user without a home
         return None
     return key if len(key) == KEY_BYTES else None
-
-
-def _config_home() -> Path:
-    """As the XDG Base Directory Specification says, which has a relative path ignored."""
-    named = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return named if named.is_absolute() else Path.home() / ".config"
 
 
 def _create(path: Path) -> None:

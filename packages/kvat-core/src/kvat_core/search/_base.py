@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvat_core import scoring
+from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
 
@@ -88,6 +89,12 @@ def incumbent_first(groups: list[list[Cell]], incumbent: str) -> list[list[Cell]
     """The same groups with that of the incumbent in front: a run cut short knows what it compares with."""
     ordered = sorted(groups, key=lambda cells: all(cell.candidate != incumbent for cell in cells))
     return [sorted(cells, key=lambda cell: cell.candidate != incumbent) for cells in ordered[:1]] + ordered[1:]
+
+
+def peaks_of_a_plan(run: Run) -> list[Cell]:
+    """What `unmeasured_peaks` are if the run were decided now."""
+    decision = decide(run)
+    return [] if decision is None else unmeasured_peaks(run, {run.incumbent, decision.winner})
 
 
 def unmeasured_peaks(run: Run, finalists: Collection[str]) -> list[Cell]:

@@ -7,11 +7,17 @@ from collections.abc import Collection, Sequence
 
 from kvat_core import roofline, scoring
 from kvat_core.costs import spent_launches, spent_s
-from kvat_core.decision import decide
 from kvat_core.field import LEAST_FRESH, Field
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder, Purpose
-from kvat_core.search._base import Allowance, Search, incumbent_first, memory_order, unmeasured_peaks
+from kvat_core.search._base import (
+    Allowance,
+    Search,
+    incumbent_first,
+    memory_order,
+    peaks_of_a_plan,
+    unmeasured_peaks,
+)
 from kvat_core.search._context import context_trials_left, next_context_trial
 from kvat_core.search._entrants import (
     LEAST_BLOCKS,
@@ -58,7 +64,7 @@ class Race(Search):
             or self._peak_that_counts(run)
             or self._race(run)
             or self._run_off(run)
-            or self._peak(run)
+            or memory_order(run, peaks_of_a_plan(run))
             or next_context_trial(run)
         )
 
@@ -74,7 +80,7 @@ class Race(Search):
             return max(1, timing) + self._run_off_left(run, timing) + self._peaks_to_come(run)
         if self._run_off(run) is not None:
             return max(1, self._run_off_left(run, 0)) + self._peaks_to_come(run)
-        return len(self._peaks(run)) + context_trials_left(run)
+        return len(peaks_of_a_plan(run)) + context_trials_left(run)
 
     def _peaks_to_come(self, run: Run) -> int:
         """Launches for memory still to come: until the winner is known, it counts as another one than the incumbent."""
@@ -242,13 +248,6 @@ class Race(Search):
         if self.outstanding(run, first, self._racing(run, first)):
             return None
         return memory_order(run, unmeasured_peaks(run, ()))
-
-    def _peaks(self, run: Run) -> list[Cell]:
-        decision = decide(run)
-        return [] if decision is None else unmeasured_peaks(run, {run.incumbent, decision.winner})
-
-    def _peak(self, run: Run) -> LaunchOrder | None:
-        return memory_order(run, self._peaks(run))
 
     def _order(
         self, run: Run, number: int, purpose: Purpose, cells: Sequence[Cell], samples: int | None = None

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from kvat_core import context
 from kvat_core.costs import Costs, spent_launches, spent_s
-from kvat_core.decision import decide
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchOrder
-from kvat_core.search._base import Allowance, Search, memory_order, unmeasured_peaks
+from kvat_core.search._base import Allowance, Search, memory_order, peaks_of_a_plan
 
 
 class Rationed:
@@ -33,7 +32,7 @@ class Rationed:
             return order
         if order.purpose == "context":
             return order if self._affords(run, 1, context.trial_s(run, order)) else None
-        peaks = [] if order.purpose == "memory" else self._peaks(run)
+        peaks = [] if order.purpose == "memory" else [[cell] for cell in peaks_of_a_plan(run)]
         if self._fit(run, [order.cells, *peaks]):
             return order
         return memory_order(run, peaks[0]) if peaks and self._fit(run, peaks[:1]) else None
@@ -47,12 +46,6 @@ class Rationed:
     def cut_short(self, run: Run) -> bool:
         """Whether the search would ask for more if it were allowed to."""
         return self._search.next(run) is not None
-
-    def _peaks(self, run: Run) -> list[list[Cell]]:
-        decision = decide(run)
-        if decision is None:
-            return []
-        return [[cell] for cell in unmeasured_peaks(run, {run.incumbent, decision.winner})]
 
     def _fit(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
         return self._affords(run, len(groups), Costs(run, self._load_keys).seconds(groups))
