@@ -115,8 +115,8 @@ def test_nothing_feasible_is_one_line_and_an_exit_code_of_its_own(kvat: Run, tmp
     (line,) = outcome.err.splitlines()
     nearest = read_plan(out / "best_plan.json").closest[0]
     assert line == (
-        f"kvat: error: no candidate keeps the limits; the closest, {nearest.label}, {nearest.misses[0].reason}; tune "
-        "again with wider limits or a wider --space"
+        f"kvat: error: no candidate keeps the limits; the closest, {nearest.label}, {nearest.misses[0].reason}; "
+        "decide again for wider ones with kvat plan, or tune with a wider --space"
     )
     assert "misses TTFT p50 ≤ 1 ms by " in line
     assert {path.name for path in out.iterdir()} == {"journal.jsonl", "best_plan.json", "report.md"}
