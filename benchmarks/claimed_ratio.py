@@ -1,8 +1,9 @@
 """Is the winner of a plan faster by what the plan claims, for somebody who does not use kvat?
 
-    python benchmarks/claimed_ratio.py [--model random:smollm2-135m] [--processes 8] [--samples 3] [--out FILE]
+    python benchmarks/claimed_ratio.py [--model random:smollm2-135m] [--processes 8] [--samples 3] [--reuse DIR]
 
-Tunes the model for profile ci-micro, one thread, in the default space. Then measures the winner and what Transformers
+Tunes the model for profile ci-micro, one thread, in the default space, or takes the plan that is in DIR, of whatever run
+of one scenario on this machine with one thread. Then measures the winner and what Transformers
 does by itself, each in as many fresh processes, by `_plain_generate.py`: plain `from_pretrained` and `generate` of one
 saved model with random weights, the winner's settings applied by hand. Processes come in the order ABBA, and
 neighbours are a pair; the ratio is the profile's: time to first token and decode rate, by their weights.
@@ -27,6 +28,7 @@ from typing import Any
 from _record import NOT_MEASURED, Bound, Record, at_least_one, option_parser, run, tune
 
 from kvat_core import Plan, read_plan, stats
+from kvat_core.machine import read_machine
 from kvat_core.outputs import PLAN
 from kvat_core.schema import Objective, Ratio, Scenario, eligible_by_score
 from kvat_engine_transformers import random_path
@@ -42,10 +44,11 @@ def main() -> int:
     parser.add_argument("--model", default="random:smollm2-135m", metavar="random:NAME")
     parser.add_argument("--processes", type=at_least_one, default=8, metavar="N")
     parser.add_argument("--samples", type=at_least_one, default=3, metavar="N")
+    parser.add_argument("--reuse", type=Path, metavar="DIR", help="of a run of this model")
     options = parser.parse_args()
     record = Record(options)
     with TemporaryDirectory() as directory:
-        plan = tuned(Path(directory) / "tuned", options.model)
+        plan = reused(options.reuse) if options.reuse else tuned(Path(directory) / "tuned", options.model)
         chosen, claim = claimed(plan)
         model = Path(directory) / "model"
         save_model(options.model, model)
@@ -63,6 +66,7 @@ def main() -> int:
     if plan.verdict == "tie":
         bounds.append(Bound("ratio of the best other one, afresh", fresh.value, "<=", 1 + plan.confidence.epsilon))
     values = {
+        "profile": plan.profile.model_dump(mode="json"),
         "verdict": plan.verdict,
         "chosen": plan.candidate(chosen).label,
         "claim": claim.model_dump(),
@@ -79,6 +83,16 @@ def tuned(out: Path, model: str) -> Plan:
     arguments = ("--model", model, "--profile", PROFILE, "--threads", str(THREADS), "--space", "default")
     tune(out, "--engine", "transformers", *arguments)
     return read_plan(out / PLAN)
+
+
+def reused(out: Path) -> Plan:
+    """The plan of another run."""
+    plan = read_plan(out / PLAN)
+    here = read_machine(plan.machine.device, THREADS, plan.machine.device_memory_bytes)
+    if plan.machine.fingerprint != here.fingerprint or len(plan.profile.scenarios) != 1:
+        print(f"{out} holds a plan of another machine, or of several scenarios; name another --reuse", file=sys.stderr)
+        raise SystemExit(NOT_MEASURED)
+    return plan
 
 
 def claimed(plan: Plan) -> tuple[str, Ratio]:
