@@ -2,7 +2,7 @@
 
     python benchmarks/claimed_ratio.py [--model random:smollm2-135m] [--processes 8] [--samples 3] [--reuse DIR]
 
-Tunes the model for profile ci-micro, one thread, in the default space, or takes the plan that is in DIR, of whatever run
+Tunes the model for profile ci-micro, one thread, in the default space, or takes the plan that is in DIR, of any run
 of one scenario on this machine with one thread. Then measures the winner and what Transformers
 does by itself, each in as many fresh processes, by `_plain_generate.py`: plain `from_pretrained` and `generate` of one
 saved model with random weights, the winner's settings applied by hand. Processes come in the order ABBA, and
