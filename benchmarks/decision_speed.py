@@ -12,6 +12,7 @@ by a run that has worked out nothing yet.
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import time
@@ -105,6 +106,7 @@ def ask(invented: Invented, search: Rationed, questions: int) -> list[dict[str, 
         last = invented.carry_out(order)
         started = time.perf_counter()
         invented.add(last)
+        gc.freeze()  # as `tune` does after each launch
         order = search.next(invented.run)
         next_s = time.perf_counter() - started
         asked.append({"purpose": "none" if order is None else order.purpose, "next_s": next_s})

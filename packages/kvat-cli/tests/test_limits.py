@@ -92,7 +92,7 @@ def test_what_is_no_limit_is_refused_with_the_form_that_the_option_takes(kvat: R
 
 
 def test_a_limit_without_its_unit_is_told_what_it_takes(kvat: Run) -> None:
-    line = "kvat: error: --max-ttft takes a time with its unit, e.g. 300ms, 0.3s or p95:300ms; got '300'\n"
+    line = "kvat: error: --max-ttft takes a time in ms or s, e.g. 300ms, 0.3s or p95:300ms; got '300'\n"
     assert kvat("tune", "--max-ttft", "300").err == line
     line = "kvat: error: --max-ttft takes a percentile above p0, up to p99.999, e.g. p95; got 'p100'\n"
     assert kvat("tune", "--max-ttft", "p100:300ms").err == line
@@ -116,7 +116,7 @@ def test_nothing_feasible_is_one_line_and_an_exit_code_of_its_own(kvat: Run, tmp
     nearest = read_plan(out / "best_plan.json").closest[0]
     assert line == (
         f"kvat: error: no candidate keeps the limits; the closest, {nearest.label}, {nearest.misses[0].reason}; "
-        "decide again for wider ones with kvat plan, or tune with a wider --space"
+        "decide again for wider ones with kvat plan, or tune anew with a wider --space"
     )
     assert "misses TTFT p50 ≤ 1 ms by " in line
     assert {path.name for path in out.iterdir()} == {"journal.jsonl", "best_plan.json", "report.md"}

@@ -258,6 +258,12 @@ def test_intervals_of_two_candidates_cover_the_truth(make_run: MakeRun) -> None:
     assert 0.92 <= covered / worlds <= 0.98
 
 
+def test_a_single_launch_shows_nobody_to_be_equivalent(make_run: MakeRun) -> None:
+    decision = decide(make_run({"today": [1.0], "slow": [2.0]}))
+    assert decision is not None
+    assert decision.equivalents == ()
+
+
 def test_who_was_not_reached_may_be_better(make_run: MakeRun) -> None:
     all_seen = decide(make_run({"today": [1.0] * 6, "slow": [2.0, 2.01, 2.0, 1.99, 2.0, 2.0]}))
     cut = decide(make_run({"today": [1.0] * 6, "slow": [2.0, 2.01, 2.0, 1.99, 2.0, 2.0], "late": [], "later": []}))

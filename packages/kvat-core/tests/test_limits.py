@@ -22,11 +22,14 @@ from kvat_core.schema import (
     Failed,
     Failure,
     JournalRef,
+    LaunchOrder,
     LimitName,
     LimitResult,
+    Measured,
     ModelShape,
     Objective,
     Plan,
+    Resources,
     Scenario,
 )
 
@@ -339,6 +342,18 @@ def test_nothing_feasible_is_a_plan_that_names_who_comes_closest(make_run: MakeR
         plan.require_winner()
     with pytest.raises(NothingFeasible):
         snippet(plan)
+
+
+def test_nobody_is_better_who_only_may_keep_what_today_misses(make_run: MakeRun) -> None:
+    run = make_run({"today": [1.0, 1.01, 0.99], "slow": [1.2, 1.21, 1.19]}, peaks={"today": 900})
+    limited_run = run.asked(limited(max_host_bytes=400))
+    plan = planned(limited_run)
+    assert (plan.winner and plan.winner.id, plan.verdict) == ("slow", "undecided")
+    assert any("no candidate is shown to keep all limits: the winner may keep" in note for note in plan.notes)
+    run.add(LaunchOrder(launch=8, round=9, purpose="memory", cells=(Cell(candidate="slow", scenario=SCENARIO.key),)))
+    resources = Resources(processes=("worker",), peak_host_bytes=200)
+    run.add(Measured(launch=8, cells=(Cell(candidate="slow", scenario=SCENARIO.key),), resources=resources))
+    assert planned(run.asked(limited(max_host_bytes=400))).verdict == "better"
 
 
 def test_who_was_not_reached_may_still_keep_the_limits(make_run: MakeRun) -> None:

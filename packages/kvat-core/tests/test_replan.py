@@ -174,6 +174,30 @@ def test_wider_limits_are_decided_for_without_measuring(command: MakeCommand) ->
     assert run.journal.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(max_device_bytes=1000), "device cpu has no memory of its own to limit"),
+        (Limits(min_context_tokens=10**9), "the model holds .* fewer than the limit"),
+    ],
+)
+def test_a_limit_that_nobody_can_keep_is_refused_as_by_a_tune(journal: Path, limits: Limits, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        decide_again(journal, limits=limits)
+
+
+def test_names_do_instead_of_objects(journal: Path) -> None:
+    mine = journal.parent / "mine.json"
+    mine.write_text(asked(objective=Objective(ttft=1)).model_dump_json())
+    assert decide_again(str(journal), str(mine)).profile.name == "mine"
+    assert read_plan(str(journal.parent / "best_plan.json")) == decide_again(str(journal))
+
+
+def test_a_plan_is_no_journal(journal: Path) -> None:
+    with pytest.raises(UsageError, match=r"best_plan\.json holds no run; name the journal"):
+        decide_again(journal.parent / "best_plan.json")
+
+
 def test_deciding_again_makes_no_key(journal: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "empty"))
     decide_again(journal, asked(prompt=PromptSource(kind="text", value="Once upon a time")))

@@ -22,6 +22,7 @@ from kvat_core.schema import (
     FirstCall,
     JournalRef,
     LaunchOrder,
+    MaxContext,
     Measured,
     Objective,
     Plan,
@@ -223,6 +224,15 @@ def bounded(make_run: MakeRun, **held: tuple[int, str]) -> Plan:
     fields = {name: {"max_context_tokens": tokens, "max_context_bounded_by": by} for name, (tokens, by) in held.items()}
     candidates = tuple(one.model_copy(update=fields.get(one.id, {})) for one in plan.candidates)
     return plan.model_copy(update={"candidates": candidates})
+
+
+def test_no_candidate_holds_more_than_the_model(make_run: MakeRun) -> None:
+    plan = make_plan(make_run({"today": paces(1.0), "fast": paces(0.5)}), REF)
+    model = MaxContext(tokens=4352, safe_tokens=4352, method="predicted", bounded_by="model")
+    plan = plan.model_copy(update={"max_context": model})
+    assert use(plan, prompt_tokens=4351) == "fast"
+    with pytest.raises(NothingFeasible, match="the model holds 4352 tokens"):
+        use(plan, prompt_tokens=4352)
 
 
 @pytest.mark.parametrize("by", ["user", "time"])

@@ -34,15 +34,19 @@ def limits(
     return Limits(
         max_device_bytes=_bytes("--max-vram", max_vram),
         max_host_bytes=_bytes("--max-ram", max_ram),
-        max_ttft_s=_limit("--max-ttft", max_ttft, _SECONDS, "a time with its unit, e.g. 300ms, 0.3s or p95:300ms"),
-        max_tpot_s=_limit("--max-tpot", max_tpot, _SECONDS, "a time with its unit, e.g. 50ms, 0.05s or p95:50ms"),
+        max_ttft_s=_limit("--max-ttft", max_ttft, _SECONDS, "a time in ms or s, e.g. 300ms, 0.3s or p95:300ms"),
+        max_tpot_s=_limit("--max-tpot", max_tpot, _SECONDS, "a time in ms or s, e.g. 50ms, 0.05s or p95:50ms"),
         min_decode_tps=_limit("--min-decode-tps", min_decode_tps, _RATE, "tokens per second, e.g. 20 or p95:20"),
         min_context_tokens=min_context,
     )
 
 
 def _bytes(option: str, text: str | None) -> int | None:
-    return None if text is None else math.ceil(_number(option, text, _BYTES, "a size with its unit, e.g. 6GiB or 6GB"))
+    return (
+        None
+        if text is None
+        else math.ceil(_number(option, text, _BYTES, "a size in MiB, GiB, TiB, MB, GB or TB, e.g. 6GiB"))
+    )
 
 
 def _limit(option: str, text: str | None, units: Mapping[str, Decimal | int], form: str) -> Limit | None:

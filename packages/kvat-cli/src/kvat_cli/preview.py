@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NAMED = 3
 """Candidates of an exclusion that are named; more are counted."""
-_HEADINGS = ("candidate", "load", "predicted peak", "TTFT at least", "decode at most")
+_HEADINGS = ("candidate", "load", "peak without libraries", "TTFT at least", "decode at most")
 
 
 def print_dry_run(found: DryRun) -> None:

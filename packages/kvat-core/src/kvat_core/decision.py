@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvat_core import scoring, screening, stats
+from kvat_core import limits, scoring, screening, stats
 from kvat_core.field import Field
 from kvat_core.run import MAX_REJECTED, Run
 from kvat_core.schema import Confidence, Ratio, Ratios, Verdict
@@ -59,7 +59,8 @@ def decide(run: Run) -> Decision | None:
 def _choose(field: Field, incumbent: str, leader: str) -> tuple[str, Verdict]:
     near = field.near(leader)
     if incumbent not in field.preferred:
-        return _plainest(field.run, near), "better"
+        chosen = _plainest(field.run, near)
+        return chosen, "better" if limits.keeps_all(field.run, chosen) else "undecided"
     better = [name for name in near if field.shown_better(name, incumbent)]
     if better:
         return _plainest(field.run, better), "better"
@@ -68,11 +69,14 @@ def _choose(field: Field, incumbent: str, leader: str) -> tuple[str, Verdict]:
 
 
 def _equivalents(field: Field, winner: str) -> tuple[str, ...]:
-    """Eligible candidates that are shown neither worse than the winner nor better."""
+    """Eligible candidates that are shown neither worse than the winner nor better; of a single launch nothing is."""
     return tuple(
         name
         for name in field.eligible
-        if name != winner and not field.shown_worse(name, winner) and not field.shown_worse(winner, name)
+        if name != winner
+        and field.compare(name, winner).error is not None
+        and not field.shown_worse(name, winner)
+        and not field.shown_worse(winner, name)
     )
 
 

@@ -104,6 +104,11 @@ def judged(run: Run, candidate_ids: Iterable[str]) -> tuple[list[str], list[str]
     return fail_none, [name for name in fail_none if verdicts[name] <= {"pass"}] or fail_none
 
 
+def keeps_all(run: Run, candidate_id: str) -> bool:
+    """Whether a candidate is shown to keep each limit."""
+    return all(one.verdict == "pass" for one in results(run, candidate_id))
+
+
 def undecided(found: Sequence[LimitResult]) -> str | None:
     """Which of a candidate's limits are undecided, and what they lack, in words."""
     return " and ".join(one.reason for one in found if one.verdict == "undecided") or None

@@ -196,7 +196,7 @@ def _compile_notes(run: Run, winner: str) -> list[str]:
 def _limit_notes(run: Run, winner: str) -> list[str]:
     """Limits that the winner is not shown to keep."""
     doubt = limits.undecided(limits.results(run, winner))
-    return [] if doubt is None else [f"undecided, as no candidate is shown to keep all limits: the winner {doubt}"]
+    return [] if doubt is None else [f"no candidate is shown to keep all limits: the winner {doubt}"]
 
 
 def _cost(scenario: str, cost: CompileCost) -> str:
@@ -215,7 +215,8 @@ def _unstable_notes(run: Run) -> list[str]:
     rejected = sum(bool(sample.distrust) for sample in run.samples)
     fewer = ", or use fewer --threads" if "free core" in cause and (run.header.target.threads or 2) > 1 else ""
     return [
-        f"{rejected} of {len(run.samples)} timed calls were rejected, {count} of them because {cause}: stop other work"
+        f"{rejected} of {len(run.samples)} timed calls were rejected, {'all' if count == rejected else count} of them "
+        f"because {cause}: stop other work"
         f"{fewer}, and see kvat doctor; unstable are the figures of "
         + _few([entry.candidate.label for entry in unstable])
     ]

@@ -59,11 +59,6 @@ from kvat_core.schema import (
 )
 from kvat_core.search import find_search
 
-DEFAULT_PROFILE = "ci-micro"
-DEFAULT_PROFILE_NOTE = (
-    f"no profile was named, so {DEFAULT_PROFILE} is measured, a quick smoke test: name the --profile of your traffic "
-    "before you rely on the result"
-)
 NO_KEY_NOTE = (
     "the key by which the prompts would be known again cannot be kept in the configuration directory, so this run "
     "cannot be resumed"
@@ -250,7 +245,7 @@ def utc_now() -> str:
 
 
 def _profile(request: TuneRequest) -> Profile:
-    chosen = DEFAULT_PROFILE if request.profile is None else request.profile
+    chosen = profiles.DEFAULT if request.profile is None else request.profile
     return chosen if isinstance(chosen, Profile) else profiles.load_profile(chosen)
 
 
@@ -285,7 +280,7 @@ def _model_id(request: TuneRequest, engine: Engine) -> str:
 def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[str]:
     """What the user did not choose, and what decides how far the figures go."""
     if request.profile is None:
-        yield DEFAULT_PROFILE_NOTE
+        yield profiles.DEFAULT_NOTE
     cores = usable_cores()
     if request.threads is None and probe.device == "cpu" and probe.threads is not None and probe.threads != cores:
         yield f"measuring with {probe.threads} of {cores} cores: if you serve with others, say so with --threads"

@@ -18,7 +18,10 @@ from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Header, Profile, Record, Scenario
 from kvat_core.search import Allowance, Rationed, find_search
 
-NO_CEILINGS_NOTE = "what this machine can do at most is not known yet, so nothing is bounded; a tune measures it once"
+NO_CEILINGS_NOTE = (
+    "what this machine can do at most is not known yet, so nothing is bounded, and peaks lack what the first call of a "
+    "process takes; a tune measures it once"
+)
 LOOSE_NOTE = (
     "candidates are not bounded whose weights a cache of the processor may serve, or whose threads are not those that "
     "the machine's ceilings were measured with"

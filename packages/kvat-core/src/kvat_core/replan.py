@@ -8,36 +8,43 @@ from pathlib import Path
 from kvat_core import lock, outputs, private, profiles, prompts
 from kvat_core.errors import AllFailed, NothingFeasible, UsageError
 from kvat_core.journal import journal_sha256, read_journal
+from kvat_core.limits import impossible
 from kvat_core.planner import make_plan
 from kvat_core.run import Run
 from kvat_core.schema import Header, JournalRef, Limits, Plan, Profile, PromptSource
 
 LIMITS_NOTE = "the limits are those that were asked for now, not of the run"
+_BEGINNING = b'{"seq":'
+"""Of each record; a file that begins otherwise is none that was damaged, but something else."""
 _OF_THE_RUN = ("prompt", "launches", "samples", "warmup")
 """What of a profile says how to measure, and so stays what it was."""
 
 
-def decide_again(journal: Path, profile: Profile | None = None, limits: Limits | None = None) -> Plan:
+def decide_again(journal: Path | str, profile: Profile | str | None = None, limits: Limits | None = None) -> Plan:
     """The plan that a journal gives.
 
     Args:
         journal: of a run, finished or not; it is read only.
-        profile: traffic and weights to decide for instead of the run's own. How it was measured stays as it was, and
-            where the profile asks for something else, a note in the plan says so.
+        profile: traffic and weights to decide for instead of the run's own: a preset, a JSON file or an object. How it
+            was measured stays as it was, and where the profile asks for something else, a note in the plan says so.
         limits: those that are set replace the profile's.
 
     Raises:
-        UsageError: the journal cannot be read, holds no run or is being written, or lacks a shape of the profile.
+        UsageError: the journal cannot be read, holds no run or is being written, or lacks a shape of the profile; or
+            a limit is one that no candidate can keep, or be judged by.
         JournalDamaged: it does not verify.
         AllFailed: every candidate failed.
         NotDecided: what was measured so far does not suffice.
         NothingFeasible: some have figures, but none of those may be recommended.
     """
+    journal = Path(journal)
     run, sha256 = _read(journal)
     if profile is not None:
-        run = _asked_for(profile, run, journal)
+        run = _asked_for(profiles.load_profile(profile) if isinstance(profile, str) else profile, run, journal)
     if limits is not None and (wanted := run.header.profile.limits.replaced_by(limits)) != run.header.profile.limits:
         run = _noted(run.asked(run.header.profile.model_copy(update={"limits": wanted})), [LIMITS_NOTE])
+    if reason := impossible(run.header.profile.limits, run.header.shape, run.header.target.device):
+        raise UsageError(reason)
     try:
         return make_plan(run, JournalRef(file=journal.name, sha256=sha256, samples=len(run.samples)))
     except (AllFailed, NothingFeasible) as error:
@@ -50,6 +57,9 @@ def _read(journal: Path) -> tuple[Run, str]:
     if lock.is_held(journal.parent / outputs.LOCK):
         raise UsageError(being_written)
     try:
+        with journal.open("rb") as file:
+            if not file.read(len(_BEGINNING)) == _BEGINNING:
+                raise ValueError
         sha256 = journal_sha256(journal)
         run = Run.from_events(read_journal(journal))
         changed = journal_sha256(journal) != sha256
@@ -91,6 +101,9 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
     if fitted.limits != measured.limits:
         notes = (*notes, f"the limits are those of profile {profile.name}, not of the run")
     asked = run.asked(fitted.model_copy(update=kept))
+    asked.header = asked.header.model_copy(
+        update={"notes": tuple(note for note in run.header.notes if note != profiles.DEFAULT_NOTE)}
+    )
     return _noted(asked, [note for note in notes if note not in run.header.notes])
 
 

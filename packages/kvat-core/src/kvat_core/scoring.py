@@ -162,8 +162,11 @@ def memory_matters_to(run: Run) -> list[str]:
     those that use so much themselves. So a candidate that is greedy, and hopeless, changes nothing between the others.
     As long as a peak of its own is not known, those of the launches that a candidate was in bound it from above.
     """
+    limited = limits.limits_memory(run.header.profile.limits)
+    if not limited and not _may_be_short(run):
+        return []
     names = [name for name in run.live if complete_rounds(run, name)]
-    if limits.limits_memory(run.header.profile.limits):
+    if limited:
         return names
     shares = _shares_used(run)
     greedy = [name for name in names if _share_of(run, name, shares) > MEMORY_PLENTY]
@@ -222,6 +225,13 @@ def _all_memory(run: Run) -> int:
 
 def _peak(resources: Resources) -> int | None:
     return resources.peak_device_bytes or resources.peak_host_bytes
+
+
+def _may_be_short(run: Run) -> bool:
+    """Whether any process used so much that memory matters, or had no memory to tell how much."""
+    if any(_share_used(run, measured.resources) > MEMORY_PLENTY for measured in run.measured):
+        return True
+    return any(cell not in run.own_memory for cell in run.memory_tried)
 
 
 def _shares_used(run: Run) -> dict[Cell, float]:

@@ -79,11 +79,11 @@ def chance_of_better_unseen(run: Run, by: float) -> float:
     """
     names = [name for name in run.live if run.alias_of(name) is None and scoring.may_win(run, name)]
     seen = standing(run, names)
-    # Who cannot be chosen is no measure of what is still to be found.
-    found = {name: ahead for name, ahead in seen.items() if not limits.apparent_miss(run, name)}
     left = {name for name in names if name not in seen}
     if not left:
         return 0.0
+    # Who cannot be chosen is no measure of what is still to be found.
+    found = {name: ahead for name, ahead in seen.items() if not limits.apparent_miss(run, name)}
     best = _best_by_launch(run, found)
     if len(best) < LEAST_LAUNCHES or not _every_value_seen(run, found, left):
         return 1.0

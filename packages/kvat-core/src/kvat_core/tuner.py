@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,6 +177,8 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
             display.show()
             carry_out(order, bench)
             breaker.after_launch()
+            # What is on record stays: for the collector to look through all of it takes longer than a decision.
+            gc.freeze()
         if search.cut_short(run):
             raise BudgetUsedUp("what the run may take does not suffice for another launch")
     except BudgetUsedUp as used_up:
@@ -189,6 +192,8 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
         bench.record(Stopped(kind="paused", reason=str(paused)))
     else:
         return None
+    finally:
+        gc.unfreeze()
     return stopped
 
 
@@ -277,7 +282,8 @@ def _write_outputs(prepared: Preparation, started: float, before: _Times, stoppe
         of_before = (outputs.PLAN, outputs.SNIPPET, *(report.file_name for report in reports))
         moved = _moved_aside(out, of_before)
         if stopped is not None:
-            raise type(stopped)(f"{stopped}; nothing can be decided yet{moved}") from error
+            on = "; go on with --resume" if isinstance(stopped, BudgetUsedUp) else ""
+            raise type(stopped)(f"{stopped}; nothing can be decided yet{on}{moved}") from error
         raise type(error)(f"{error}; {path} tells of each{moved}") from error
     files = [*outputs.write_files(out, {outputs.PLAN: plan.model_dump_json(indent=2) + "\n"})]
     unwritten: CannotWrite | None = None

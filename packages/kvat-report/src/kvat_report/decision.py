@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvat_core.schema import CandidateResult, Choice, Plan
 
 Show = Callable[[str], str]
+MUCH = 0.1
+"""Relative difference that a machine should be able to tell."""
 
 
 def decision(plan: Plan, show: Show = one_line) -> str:
@@ -71,7 +73,7 @@ def _tie(plan: Plan, winner: Choice, show: Show) -> str:
     keep = f"Tie: keep what you run today ({show(winner.label)})"
     best = _best_other(plan, winner)
     if best is None:
-        return f"{keep}; nothing else was measured that could replace it."
+        return f"{keep}; {_nothing_else(plan, winner)}."
     assert plan.confidence is not None, "a plan with a winner has one"
     least = numbers.percent(plan.confidence.epsilon)
     if best.score is not None and best.score.value <= 1:
@@ -79,20 +81,44 @@ def _tie(plan: Plan, winner: Choice, show: Show) -> str:
         return f"{keep}; no alternative is faster: the best of them, {seen}."
     return (
         f"{keep}; the best alternative, {show(best.label)}, scores {numbers.ratio(best.score)}, "
-        f"and differences under {least} are not claimed on this machine."
+        f"and differences under {least} are not claimed on this machine{_calmer(plan.confidence.epsilon)}."
     )
 
 
 def _undecided(plan: Plan, winner: Choice, show: Show) -> str:
+    if winner.id != plan.incumbent.id:
+        return _perhaps(plan, winner, show)
     keep = f"Undecided: keep what you run today ({show(winner.label)}) for now"
     best = _best_other(plan, winner)
     if best is None or best.score is None:
-        return f"{keep}; nothing else was measured that could replace it."
+        return f"{keep}; {_nothing_else(plan, winner)}."
     launches = "1 launch" if best.score.n == 1 else f"{best.score.n} launches"
     if best.score.value <= 1:
         return f"{keep}; after {launches} no alternative seems faster, which is too few to say so."
     more = "go on with --resume" if plan.partial else "measure again with more launches in the profile"
     return f"{keep}; {show(best.label)} scores {numbers.ratio(best.score)}, which {launches} cannot confirm: {more}."
+
+
+def _perhaps(plan: Plan, winner: Choice, show: Show) -> str:
+    """Where what runs today misses a limit, and nobody is shown to keep all."""
+    doubt = " and ".join(show(one.reason) for one in plan.candidate(winner.id).limits if one.verdict == "undecided")
+    return (
+        f"Undecided: what you run today ({show(plan.incumbent.label)}) {_limits_of_today(plan, show)}, and "
+        f"{_winner(plan, winner, show)} {doubt}."
+    )
+
+
+def _nothing_else(plan: Plan, winner: Choice) -> str:
+    others = [one for one in plan.candidates if one.id != winner.id and one.state == "ok"]
+    doubtful = sum(any(limit.verdict == "undecided" for limit in one.limits) for one in others)
+    if doubtful:
+        return f"of {doubtful} others it is not known whether they keep the limits"
+    return "nothing else was measured that could replace it"
+
+
+def _calmer(epsilon: float) -> str:
+    """What to do where hardly any difference could be claimed."""
+    return ", which is much: measure on a calmer one, or more launches" if epsilon > MUCH else ""
 
 
 def _best_other(plan: Plan, winner: Choice) -> CandidateResult | None:

@@ -14,7 +14,13 @@ from kvat_core.errors import UsageError
 from kvat_core.profiles._fit import fit
 from kvat_core.schema import FORMAT, Profile
 
-__all__ = ["fit", "load_profile", "presets"]
+__all__ = ["DEFAULT", "DEFAULT_NOTE", "fit", "load_profile", "presets"]
+
+DEFAULT = "ci-micro"
+DEFAULT_NOTE = (
+    f"no profile was named, so {DEFAULT} is measured, a quick smoke test: name the --profile of your traffic before "
+    "you rely on the result"
+)
 
 
 @cache

@@ -327,7 +327,7 @@ class Plan(Record):
         if self.partial and any(candidate.state == "not_reached" for candidate in self.candidates):
             raise NotDecided(f"no candidate measured so far keeps the limits; {misses}; go on with --resume")
         raise NothingFeasible(
-            f"no candidate keeps the limits; {misses}; decide again for wider ones with kvat plan, or tune with a "
+            f"no candidate keeps the limits; {misses}; decide again for wider ones with kvat plan, or tune anew with a "
             "wider --space"
         )
 
@@ -355,7 +355,11 @@ class Plan(Record):
             NothingFeasible: there is no winner, or all candidates have a setting that is missing, or hold too little.
             NotDecided: there is no winner yet.
         """
-        winner = self.candidate(self.require_winner().id)
+        winner, longest = self.candidate(self.require_winner().id), self.max_context
+        if longest is not None and longest.bounded_by == "model" and (situation.prompt_tokens or 0) >= longest.tokens:
+            raise NothingFeasible(
+                f"the model holds {longest.tokens} tokens, the prompt and one more; shorten the prompt"
+            )
         unless_known = winner.holds(situation.prompt_tokens) is not False
 
         def holds(one: CandidateResult) -> bool:
@@ -385,12 +389,13 @@ class Plan(Record):
         return [eligible[name] for name in ranked if name in eligible]
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path | str) -> Plan:
     """Read and validate a plan file.
 
     Raises:
         UsageError: unreadable, not JSON, of a newer format, or not a plan.
     """
+    path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
