@@ -408,7 +408,8 @@ def test_a_limit_of_memory_has_the_peak_of_everyone_read_and_changes_the_winner(
     limit = (peaks["default"] or 0) - 1
     plan = command("limited", space="default", limits=Limits(max_host_bytes=limit)).run().plan
     assert plan.require_winner().settings["cache"] == "offloaded"
-    assert plan.verdict == "better"
+    # It is smaller by less than peaks of two processes may differ by.
+    assert plan.verdict == "undecided"
     measured = [one for one in plan.candidates if one.state == "ok"]
     assert all(one.limits[0].observed is not None for one in measured)
     assert (plan.candidate(plan.incumbent.id).reason or "").startswith("misses host memory")

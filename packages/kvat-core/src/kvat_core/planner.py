@@ -196,7 +196,7 @@ def _compile_notes(run: Run, winner: str) -> list[str]:
 def _limit_notes(run: Run, winner: str) -> list[str]:
     """Limits that the winner is not shown to keep."""
     doubt = limits.undecided(limits.results(run, winner))
-    return [] if doubt is None else [f"no candidate is shown to keep all limits: the winner {doubt}"]
+    return [] if doubt is None else [f"undecided, as no candidate is shown to keep all limits: the winner {doubt}"]
 
 
 def _cost(scenario: str, cost: CompileCost) -> str:
