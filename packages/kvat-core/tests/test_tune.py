@@ -17,7 +17,7 @@ import pytest
 
 from kvat_core import Plan, Profile, Progress, TuneRequest, TuneResult, read_plan, tune
 from kvat_core.engine import Probe
-from kvat_core.errors import AllFailed, UsageError
+from kvat_core.errors import AllFailed, BudgetUsedUp, UsageError
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import journal_sha256, read_journal
 from kvat_core.measure.deadlines import Deadlines
@@ -404,3 +404,11 @@ def test_the_plan_is_published_format_1(out: Path) -> None:
         assert key in data
     assert set(data["ratio"]["score"]) >= {"value", "low", "high"}
     assert set(data["candidates"][0]["scenarios"][0]["ttft_s"]) == {"median", "low", "high", "n"}
+
+
+def test_no_more_time_is_said_to_be_left_than_the_budget_has(out: Path) -> None:
+    seen: list[Progress] = []
+    tune(TuneRequest(out=out, model="fake:tiny", profile="ci-micro", budget_s=3600.0), seen.append)
+    assert all(progress.left_s <= 3600.0 - progress.elapsed_s for progress in seen if progress.left_s is not None)
+    with pytest.raises(BudgetUsedUp):
+        tune(TuneRequest(out=out.with_name("short"), model="fake:tiny", profile="ci-micro", budget_s=1e-6), seen.append)

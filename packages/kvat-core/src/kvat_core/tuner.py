@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ def tune(
     stop, limits = stop or Stop(), deadlines or Deadlines()
     if request.budget_s is not None:
         stop.at(time.monotonic() + request.budget_s)
-    display = _Display(on_progress, started)
+    display = _Display(on_progress, started, request.budget_s)
 
     def start_worker(environment: Mapping[str, str]) -> Client:
         return WorkerProcess(environment, stop=stop, grace_s=limits.grace_s)
@@ -339,9 +340,10 @@ def _cause(error: Exception) -> str:
 class _Display:
     """Turns what happens into `Progress`."""
 
-    def __init__(self, on_progress: OnProgress | None, started: float) -> None:
+    def __init__(self, on_progress: OnProgress | None, started: float, budget_s: float | None) -> None:
         self._on_progress = on_progress
         self._started = started
+        self._budget_s = math.inf if budget_s is None else budget_s
         self._activity = "starting"
         self.run: Run | None = None
         self.launches_left = 0
@@ -355,13 +357,15 @@ class _Display:
             return
         ended = [] if self.run is None else self.run.ended
         mean_s = sum(end.wall_s for end in ended) / len(ended) if ended else None
+        elapsed_s = time.perf_counter() - self._started
+        most_s = max(0.0, self._budget_s - elapsed_s)
         self._on_progress(
             Progress(
                 run=self.run,
                 activity=self._activity,
                 launches_done=len(ended),
                 launches_left=self.launches_left,
-                elapsed_s=time.perf_counter() - self._started,
-                left_s=None if mean_s is None else mean_s * self.launches_left,
+                elapsed_s=elapsed_s,
+                left_s=None if mean_s is None else min(most_s, mean_s * self.launches_left),
             )
         )
