@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from kvat_core.decision import decide
 from kvat_core.field import Field
 from kvat_core.run import Run
-from kvat_core.schema import Cell, Failed, Failure, LaunchOrder, Objective, Profile, Scenario
+from kvat_core.schema import (
+    Cell,
+    Failed,
+    Failure,
+    LaunchOrder,
+    Measured,
+    Objective,
+    Profile,
+    Resources,
+    Scenario,
+)
 from kvat_core.scoring import compared_peaks
 
 MakeRun = Callable[..., Run]
@@ -213,6 +223,15 @@ def test_peaks_are_compared_where_memory_is_short_and_an_unreadable_one_is_no_ad
     today = math.log(compared.get("today", 1))
     for name, peak in compared.items():
         assert math.log(decision.scores[name].value) == pytest.approx(0.4 * (today - math.log(peak)))
+
+
+def test_where_there_is_plenty_an_unreadable_peak_costs_nothing(make_run: MakeRun) -> None:
+    run = make_run(EQUAL, peaks={"today": 300}, unreadable=["a"], profile=BY_MEMORY)
+    together = tuple(Cell(candidate=name, scenario="8+3x1") for name in EQUAL)
+    run.add(Measured(launch=0, cells=together, resources=Resources(processes=("worker",), peak_host_bytes=400)))
+    assert compared_peaks(run) == {}
+    run.add(Measured(launch=1, cells=together, resources=Resources(processes=("worker",), peak_host_bytes=900)))
+    assert compared_peaks(run) == {}
 
 
 def test_less_memory_breaks_a_tie_only_where_memory_binds(make_run: MakeRun) -> None:

@@ -249,9 +249,10 @@ def _share_of(run: Run, candidate_id: str, shares: Mapping[Cell, float]) -> floa
     own = own_resources(run, candidate_id)
     if own is not None:
         return _share_used(run, own)
-    if _was_tried(run, candidate_id):
-        return 1.0
-    return max((shares.get(run.original(cell), 0.0) for cell in run.cells(candidate_id)), default=0.0)
+    known = [share for cell in run.cells(candidate_id) if (share := shares.get(run.original(cell))) is not None]
+    if known:
+        return max(known)
+    return 1.0 if _was_tried(run, candidate_id) else 0.0
 
 
 def _share_used(run: Run, resources: Resources) -> float:
