@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from kvat_core.schema import (
     Scenario,
 )
 from kvat_core.scoring import compared_peaks
+from kvat_core.screening import standing
 from kvat_core.search import Allowance, Grid, Race, Rationed, find_search
 from kvat_core.search._entrants import survivors
 
@@ -426,3 +428,21 @@ def test_where_memory_counts_it_is_known_before_anybody_is_dropped(header: Any, 
     last_peak = max(place for place, stage in enumerate(stages) if stage == "memory")
     assert stages[last_peak + 1 :].count("timing") >= 2
     assert len(compared_peaks(run)) == len(raced)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.004])
+def test_screening_takes_drift_out(header: Any, drift: float) -> None:
+    """All are equal; who was seen late looks no better for that than who was seen early."""
+    world = World(dict.fromkeys([f"c{number:02d}" for number in range(40)], 1.0), noise=0.003)
+    run, search = world.start(header), Race(world.load_keys, 0)
+    world.pace_of = lambda _: math.exp(-drift * len(run.launches))
+    while (order := search.next(run)) is not None and order.purpose in ("pilot", "screening"):
+        world.carry_out(run, order)
+    found = standing(run, run.live)
+    screened = [order for order in run.launches if order.purpose == "screening"]
+    place = {cell.candidate: order.launch for order in screened for cell in order.cells}
+    early = [ahead for name, ahead in found.items() if place[name] < len(run.launches) / 2]
+    late = [ahead for name, ahead in found.items() if place[name] >= len(run.launches) / 2]
+    assert len(early) > 5
+    assert len(late) > 5
+    assert abs(fmean(late) - fmean(early)) < max(0.004, 0.4 * drift * len(run.launches) / 2)

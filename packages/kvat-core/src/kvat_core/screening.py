@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from statistics import fmean, stdev
 
-from scipy.special import stdtrit
-
-from kvat_core import limits, scoring, stats
+from kvat_core import limits, scoring
 from kvat_core.run import Run
 from kvat_core.stats import Comparison
 
@@ -117,7 +115,11 @@ def _mean_excess(values: Sequence[float]) -> float:
 
 
 def _line(controls: list[tuple[int, float]]) -> tuple[float, float]:
-    """Level and slope per launch of what runs today; no slope unless it is more than chance."""
+    """Level and slope per launch of what runs today, the slope shrunk by what chance alone makes of it.
+
+    By the positive part of the James-Stein estimator: a slope that is no larger than its error is none, one that is far
+    larger stays. A test instead would leave most of a drift in that it cannot be sure of.
+    """
     scores = [score for _, score in controls]
     flat = fmean(scores), 0.0
     if len(controls) < LEAST_CONTROLS:
@@ -126,7 +128,9 @@ def _line(controls: list[tuple[int, float]]) -> tuple[float, float]:
     squares = sum((launch - middle) ** 2 for launch, _ in controls)
     slope = sum((launch - middle) * score for launch, score in controls) / squares
     level = flat[0] - slope * middle
-    df = len(controls) - 2
     left = sum((score - level - slope * launch) ** 2 for launch, score in controls)
-    error = math.sqrt(left / df / squares)
-    return (level, slope) if abs(slope) > float(stdtrit(df, 0.5 + stats.LEVEL / 2)) * error else flat
+    error2 = left / (len(controls) - 2) / squares
+    if slope * slope <= error2:
+        return flat
+    shrunk = slope * (1 - error2 / (slope * slope))
+    return flat[0] - shrunk * middle, shrunk
