@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -60,11 +59,28 @@ def test_every_session_a_document_names_exists(document: Path) -> None:
 
 @pytest.mark.parametrize("command", kvat_commands())
 def test_the_command_line_knows_every_command_shown(command: str) -> None:
-    """A command is parsed, with the values of its options, and not carried out."""
+    assert refusal(command) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["kvat tuna", "kvat tune --spice full", "kvat tune --space bogus", "kvat tune --threads none", "kvat plan"],
+)
+def test_a_command_that_does_not_exist_would_be_noticed(command: str) -> None:
+    assert refusal(command) is not None
+
+
+def refusal(command: str) -> str | None:
+    """Why the command line would not take a command, which is parsed with its values and not carried out; or None."""
     _, *words = shlex.split(command, comments=True)
     words = list(takewhile(lambda word: word not in ("|", ">"), words))
     commands: Any = typer.main.get_command(app)
-    with suppress(typer.Exit):  # by --help and --version
+    try:
         context = commands.make_context("kvat", words)
         name, chosen, rest = commands.resolve_command(context, [*context._protected_args, *context.args])
         chosen.make_context(name, rest, parent=context)
+    except typer.Exit:  # by --help and --version
+        return None
+    except Exception as error:  # the class of these errors is no part of what typer publishes
+        return f"{type(error).__name__}: {error}"
+    return None

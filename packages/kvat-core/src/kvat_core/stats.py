@@ -106,9 +106,11 @@ def pooled(pairs: Sequence[Sequence[float]]) -> Spread | None:
 def without(spread: Spread, pair: Sequence[float]) -> Spread | None:
     """What a pooled spread tells besides one of its pairs, whose blocks count as its own; None = nothing."""
     own_df = len(pair) - 1
+    if own_df < 1:
+        return spread
     df = spread.df - own_df
-    if own_df < 1 or df <= 0:
-        return None if own_df >= 1 else spread
+    if df <= 0:
+        return None
     return Spread(max(0.0, (spread.df * spread.variance - own_df * _variance(pair)) / df), df)
 
 

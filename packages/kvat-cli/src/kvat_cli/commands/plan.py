@@ -31,7 +31,7 @@ def plan(
     from kvat_cli.files import write_new
     from kvat_cli.limits import limits
     from kvat_cli.summary import print_decision, print_files
-    from kvat_core import decide_again, load_profile
+    from kvat_core import decide_again
 
     wanted = limits(
         max_vram=max_vram,
@@ -41,7 +41,7 @@ def plan(
         min_decode_tps=min_decode_tps,
         min_context=min_context,
     )
-    decided = decide_again(journal, None if profile is None else load_profile(profile), wanted)
+    decided = decide_again(journal, profile, wanted)
     text = decided.model_dump_json(indent=2)
     if out is not None:
         write_new(out, text + "\n", "--out")
