@@ -131,7 +131,8 @@ def _command(options: Namespace) -> str:
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
     for name, value in vars(options).items():
         if value is not None:
-            words += [f"--{name}", *(map(_shown, value) if isinstance(value, list) else [_shown(value)])]
+            shown = map(_shown, value) if isinstance(value, list) else [_shown(value)]
+            words += [f"--{name.replace('_', '-')}", *shown]
     return shlex.join(words)
 
 
