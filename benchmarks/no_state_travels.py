@@ -239,7 +239,8 @@ class Bench:
 
 def decode_tps(call: Any) -> float:
     """Tokens per second of a call, the first one apart."""
-    return float((len(call.token_s) - 1) / (call.token_s[-1] - call.token_s[0]))
+    [token_s] = call.token_s
+    return float((len(token_s) - 1) / (token_s[-1] - token_s[0]))
 
 
 # Comparing

@@ -20,6 +20,10 @@ DEFAULTS = {
     "dtype": "float32",
     "attention": "sdpa",
     "cache": "dynamic",
+    "residual_length": "128",
+    "group_size": "64",
+    "block_sharing": "off",
+    "prefill_chunk": "off",
     "compile": "off",
     "grad_mode": "no_grad",
 }

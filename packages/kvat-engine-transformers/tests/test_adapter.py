@@ -174,14 +174,14 @@ def test_a_setting_that_did_not_run_is_caught(
     adapter, ran = prepared("builtin:llama", **ran_settings)
     options = {**actions.arguments(ran), "max_new_tokens": 3, "eos_token_id": None}
     with actions.entered(ran):
-        seen = proof.observe(adapter.model, prompt(adapter), options, proof.compiled_graphs())
+        seen = proof.observe(adapter.model, prompt(adapter), ran, options, proof.compiled_graphs())
     assert any(mismatch.startswith(what) for mismatch in proof.compare(seen, claimed).mismatches)
     assert proof.compare(seen, ran).mismatches == ()
 
 
 def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
     adapter, ran = prepared("builtin:llama")
-    seen = proof.observe(adapter.model, prompt(adapter), {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    seen = proof.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
     (mismatch,) = proof.compare(replace(seen, kernels=()), ran).mismatches
     assert mismatch == "kernel: SDPA was asked for, none of its kernels ran"
 
@@ -198,7 +198,7 @@ def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
 )
 def test_weights_are_mostly_in_the_recipes_dtype(prepared: Prepared, dtypes: tuple[str, ...], wrong: bool) -> None:
     adapter, ran = prepared("builtin:llama", dtype="bfloat16")
-    seen = proof.observe(adapter.model, prompt(adapter), {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    seen = proof.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
     assert seen.dtypes == ("bfloat16",)
     mismatches = proof.compare(replace(seen, dtypes=dtypes), ran).mismatches
     assert any(mismatch.startswith("weights: the recipe says bfloat16") for mismatch in mismatches) == wrong

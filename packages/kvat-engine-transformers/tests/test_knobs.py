@@ -11,6 +11,9 @@ from kvat_core.schema import CandidateEntry, ModelShape, Space
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersEngine
 
+LLAMA = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="float32")
+CPU = Probe(device="cpu", versions={})
+
 
 def candidates(device: str, space: Space = "safe", dtype: str = "float32", **facts: Any) -> list[CandidateEntry]:
     engine = TransformersEngine()
@@ -45,8 +48,12 @@ SAFE = {
         "attention=sdpa_flash",
         "attention=sdpa_mem_efficient",
         "attention=sdpa_cudnn",
+        "attention=flash_attention_2",
+        "attention=flash_attention_3",
+        "attention=flash_attention_4",
     ),
 }
+"""Where a fact is not told, nothing speaks against it: here every package of flash attention is installed."""
 SAFE["cuda:0"].remove("attention=sdpa_flash cache=static")
 
 
@@ -54,7 +61,7 @@ SAFE["cuda:0"].remove("attention=sdpa_flash cache=static")
 def test_the_safe_space_is_a_named_list(device: str) -> None:
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
     assert labels(candidates(device, dtype=dtype)) == SAFE[device]
-    assert 6 <= len(SAFE[device]) <= 12
+    assert 6 <= len(SAFE[device]) <= 18
 
 
 def test_on_the_cpu_a_checkpoint_of_16_bits_is_tried_in_float32_as_well() -> None:
@@ -77,8 +84,43 @@ def test_the_default_space_adds_compilation_but_nothing_lossy() -> None:
 
 
 def test_only_the_full_space_loses_precision() -> None:
-    lossy = [entry for entry in candidates("cpu", "full") if entry.candidate.lossy]
-    assert {entry.candidate.settings["dtype"] for entry in lossy} == {"bfloat16", "float16"}
+    lossy = [entry.candidate.settings for entry in candidates("cpu", "full") if entry.candidate.lossy]
+    kept = [settings for settings in lossy if settings["dtype"] == "float32"]
+    assert {settings["dtype"] for settings in lossy} == {"float32", "bfloat16", "float16"}
+    quantised = {"quanto_int4", "quanto_int2", "hqq_int8", "hqq_int4", "hqq_int2", "fp8"}
+    assert {settings["cache"] for settings in kept} == quantised
+
+
+def test_every_value_is_listed_as_available_or_with_its_reason() -> None:
+    """On the CPU, with all optional packages that can be there."""
+    knobs = {knob.name: knob for knob in TransformersEngine().space(LLAMA, CPU, SpaceRequest(space="full"))}
+    without = {f"{knob.name}={value.name}" for knob in knobs.values() for value in knob.values if value.unavailable}
+    assert without == {
+        *(f"attention={name}" for name in ("sdpa_mem_efficient", "sdpa_cudnn", "xformers")),
+        *(f"attention=flash_attention_{version}" for version in (2, 3, 4)),
+        *(f"cache={name}" for name in ("offloaded", "offloaded_static")),
+        *(f"compile={name}" for name in ("auto", "reduce-overhead", "max-autotune-no-cudagraphs")),
+    }
+    assert len(knobs["cache"].values) == 11
+    assert len(knobs["attention"].values) == 11
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"cache": "paged", "attention": "sdpa_math"}, "generate_batch takes no sdpa_math"),
+        ({"cache": "paged", "attention": "flex_attention"}, "generate_batch takes no flex_attention"),
+        ({"cache": "static", "attention": "flex_attention"}, "cannot hand the mask of flex attention on"),
+        ({"cache": "quanto_int4", "group_size": "64"}, "groups of 64 do not divide the 96 keys of a token in a layer"),
+        ({"cache": "quanto_int4", "group_size": "32"}, None),
+        ({"cache": "fp8", "group_size": "64"}, None),
+    ],
+)
+def test_what_does_not_go_together_says_why(settings: dict[str, str], reason: str | None) -> None:
+    plain = {"dtype": "float32", "attention": "sdpa", "compile": "off"}
+    shape = LLAMA.model_copy(update={"kv_heads": 3, "head_dim": 32})
+    found = TransformersEngine().check({**plain, **settings}, shape, CPU)
+    assert (found is None) if reason is None else (reason in (found or ""))
 
 
 @pytest.mark.parametrize(

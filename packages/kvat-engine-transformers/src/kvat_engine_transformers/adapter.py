@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTraine
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import actions, memory, proof
+from kvat_engine_transformers import actions, batching, memory, proof
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
@@ -25,12 +25,14 @@ PROOF_TOKENS = 3
 
 
 class Call(NamedTuple):
-    """One call of generate with its times, seconds from its start."""
+    """One call with its times, seconds from its start."""
 
     tokens: torch.Tensor
+    """Prompt and output, batch × tokens."""
     prompt_tokens: int
     clock: Literal["host", "device"]
-    token_s: list[float]
+    token_s: list[list[float]]
+    """Of each request; where all move in step, once."""
     duration_s: float
     compilations: int
 
@@ -51,6 +53,7 @@ class TransformersAdapter(EngineAdapter):
         self._ready_host_bytes: int | None = None
         self._graphs_before = 0
         self._clock: TokenClock | None = None
+        self._watch: batching.Watch | None = None
 
     def load_model(
         self,
@@ -66,7 +69,7 @@ class TransformersAdapter(EngineAdapter):
         source = resolve(model_id, revision, allow_download=False)
         options = {"dtype": getattr(torch, str(dtype)), "device": device, "attention": str(attn_backend)}
         with translated():
-            self.model = _load(source, **options)
+            self.model = _load(source, **options, device_map=extra.get("device_map"))
         if self.model.device.type == "cuda":
             # Events are recorded on the current device, whichever device the work is on.
             torch.cuda.set_device(self.model.device)
@@ -76,7 +79,7 @@ class TransformersAdapter(EngineAdapter):
         self._text_ids.clear()
 
     def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
-        self._clock = None  # the call before is over
+        self._clock = self._watch = None  # the call before is over
         rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
         with translated():
             return torch.tensor(rows, device=self.model.device)
@@ -92,7 +95,8 @@ class TransformersAdapter(EngineAdapter):
             self._graphs_before = proof.compiled_graphs()
         self._cache_bytes = self._predicted_cache_bytes = None
         self._prepared = strategy
-        memory.start_peaks(self.model.device)
+        for device in self._devices():
+            memory.start_peaks(device)
         self._ready_host_bytes = memory.resident_bytes()
 
     def run_decode(self, prompt: torch.Tensor, max_new_tokens: int) -> Timeline:
@@ -104,32 +108,37 @@ class TransformersAdapter(EngineAdapter):
 
     def applied(self, prompt: torch.Tensor) -> Applied:
         with translated(), actions.entered(self._recipe):
-            seen = proof.observe(self.model, prompt, self._arguments(PROOF_TOKENS), self._graphs_before)
+            seen = proof.observe(self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before)
         return proof.compare(seen, self._recipe)
 
     def measure_resources(self) -> Resources:
         device = self.model.device
-        on_cuda = device.type == "cuda"
-        reserved = torch.cuda.max_memory_reserved(device) if on_cuda else None
+        cards = self._devices() if device.type == "cuda" else []
+        reserved = sum(map(torch.cuda.max_memory_reserved, cards)) if cards else None
         return Resources(
             processes=("worker",),
             peak_host_bytes=memory.peak_host_bytes(),
             ready_host_bytes=self._ready_host_bytes,
             pinned_host_bytes=memory.pinned_bytes(device),
             peak_device_bytes=reserved,
-            device_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+            device_allocated_bytes=sum(map(torch.cuda.max_memory_allocated, cards)) if cards else None,
             device_reserved_bytes=reserved,
             kv_cache_bytes=self._cache_bytes,
             kv_cache_predicted_bytes=self._predicted_cache_bytes,
         )
 
     def tokens_seen(self) -> int | None:
-        return 0 if self._clock is None else self._clock.seen()
+        running = self._clock or self._watch
+        return 0 if running is None else running.seen()
 
     def cleanup(self) -> None:
         # The process ends with the launch, and with it whatever torch still holds.
         del self.model
         self._tokenizer = None
+
+    def _devices(self) -> list[torch.device]:
+        """Those that hold weights."""
+        return list(dict.fromkeys(parameter.device for parameter in self.model.parameters()))
 
     @property
     def _recipe(self) -> Recipe:
@@ -138,7 +147,8 @@ class TransformersAdapter(EngineAdapter):
 
     def _arguments(self, max_new_tokens: int) -> dict[str, Any]:
         """The recipe's arguments for another number of tokens, and what makes that number exact."""
-        return {**actions.arguments(self._recipe), "max_new_tokens": max_new_tokens, "eos_token_id": None}
+        endless = batching.NO_END_OF_SEQUENCE if self._recipe.call == "generate_batch" else None
+        return {**actions.arguments(self._recipe), "max_new_tokens": max_new_tokens, "eos_token_id": endless}
 
     def generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
         """One call by the prepared recipe, with the instrument: what `run_decode` times.
@@ -146,25 +156,49 @@ class TransformersAdapter(EngineAdapter):
         Raises:
             EngineError: it failed in a known way, or the cache is not as the recipe says.
         """
+        by_recipe = self._generate_batch if self._recipe.call == "generate_batch" else self._generate
+        with translated(), actions.entered(self._recipe):
+            return by_recipe(prompt, max_new_tokens)
+
+    def _generate_batch(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
+        rows, arguments = prompt.tolist(), self._arguments(max_new_tokens)
+        graphs = proof.compiled_graphs()
+        with batching.watched(self.model) as self._watch:
+            _synchronize(self.model.device)
+            start_ns = time.perf_counter_ns()
+            answers = batching.generate(self.model, rows, arguments)
+            duration_s = (time.perf_counter_ns() - start_ns) / 1e9
+            pool = self._watch.pool
+        self._cache_bytes = None if pool is None else pool.nbytes
+        tokens = [row + answer.output_ids for row, answer in zip(rows, answers, strict=True)]
+        return Call(
+            tokens=torch.tensor(tokens),
+            prompt_tokens=prompt.shape[1],
+            clock="host",
+            token_s=[[at - start_ns / 1e9 for at in answer.token_s] for answer in answers],
+            duration_s=duration_s,
+            compilations=proof.compiled_graphs() - graphs,
+        )
+
+    def _generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
         arguments = self._arguments(max_new_tokens)
         # On mps a cache that is handed back switches on its recording, which would cost time at each step.
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         generate: Any = self.model.generate
         graphs = proof.compiled_graphs()
-        with translated(), actions.entered(self._recipe):
-            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-            self._clock = clock = clock_for(self.model.device)
-            _synchronize(self.model.device)
-            start_ns = time.perf_counter_ns()
-            clock.start()
-            output = generate(**inputs, **arguments, **clock.arguments())
-            _synchronize(self.model.device)
-            duration_s = (time.perf_counter_ns() - start_ns) / 1e9
-            token_s = clock.token_s()
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        self._clock = clock = clock_for(self.model.device)
+        _synchronize(self.model.device)
+        start_ns = time.perf_counter_ns()
+        clock.start()
+        output = generate(**inputs, **arguments, **clock.arguments())
+        _synchronize(self.model.device)
+        duration_s = (time.perf_counter_ns() - start_ns) / 1e9
+        token_s = clock.token_s()
         tokens, cache = _unpack(output)
         self._look_at(cache, prompt, max_new_tokens)
         compilations = proof.compiled_graphs() - graphs
-        return Call(tokens, prompt.shape[1], clock.kind, token_s, duration_s, compilations)
+        return Call(tokens, prompt.shape[1], clock.kind, [token_s], duration_s, compilations)
 
     def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
         """Size up the cache that a call has left, beside what it should be.
@@ -207,7 +241,7 @@ class TransformersAdapter(EngineAdapter):
         return size if self._tokenizer is None else min(size, len(self._tokenizer))
 
 
-def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) -> PreTrainedModel:
+def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, device_map: JsonValue) -> PreTrainedModel:
     if source.kind == "random":
         return build_random_model(source.path, dtype=dtype, device=device, attention=attention)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -217,24 +251,36 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str) ->
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        **({} if device_map is None else {"device_map": device_map}),
     )
-    return cast("PreTrainedModel", model.to(device).eval())
+    if device_map is None:
+        return cast("PreTrainedModel", model.to(device).eval())
+    elsewhere = sum(parameter.device.type != torch.device(device).type for parameter in model.parameters())
+    if elsewhere:
+        raise EngineError(
+            "oom_device",
+            f"the devices do not hold the model: device_map={device_map} leaves {elsewhere} weights elsewhere",
+        )
+    return cast("PreTrainedModel", model.eval())
 
 
 def _timeline(call: Call) -> Timeline:
-    """All requests of a batch share their steps, so they share their times, which are told once."""
-    request = RequestTiming(
-        prompt_tokens=call.prompt_tokens,
-        output_tokens=call.tokens.shape[1] - call.prompt_tokens,
-        ttft_s=call.token_s[0],
-        e2e_s=call.token_s[-1],
-        token_gaps_s=tuple(later - earlier for earlier, later in pairwise(call.token_s)),
-        count=call.tokens.shape[0],
+    """Requests of a batch that share their steps share their times, which are told once."""
+    requests = (
+        RequestTiming(
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=call.tokens.shape[1] - call.prompt_tokens,
+            ttft_s=token_s[0],
+            e2e_s=token_s[-1],
+            token_gaps_s=tuple(later - earlier for earlier, later in pairwise(token_s)),
+            count=call.tokens.shape[0] // len(call.token_s),
+        )
+        for token_s in call.token_s
     )
     return Timeline(
         clock=call.clock,
         duration_s=call.duration_s,
-        requests=(request,),
+        requests=tuple(requests),
         compilations=call.compilations,
     )
 

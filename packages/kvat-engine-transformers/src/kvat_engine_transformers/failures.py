@@ -32,7 +32,7 @@ def translated() -> Iterator[None]:
     except SafetensorError as error:
         raise EngineError("error", "the weight files are damaged or incomplete; fetch them again") from error
     except RuntimeError as error:
-        known = _known(error)
+        known = from_text(str(error))
         if known is None and isinstance(error, torch.AcceleratorError):
             known = EngineError("device_error", "the device reported an error that only a new process can clear")
         if known is None:
@@ -40,9 +40,8 @@ def translated() -> Iterator[None]:
         raise known from error
 
 
-def _known(error: RuntimeError) -> EngineError | None:
-    """Torch tells most of its errors apart by their text alone."""
-    text = str(error)
+def from_text(text: str) -> EngineError | None:
+    """What is known of an error by its text, by which alone torch tells most of its errors apart."""
     if any(full in text for full in _FULL):
         return EngineError("oom_device", OUT_OF_DEVICE_MEMORY)
     if "DefaultCPUAllocator" in text and "memory" in text:

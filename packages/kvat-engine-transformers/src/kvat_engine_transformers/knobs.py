@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.schema import Knob, KnobValue, ModelShape, Space
+from kvat_engine_transformers.caches import CACHES, CHUNKED, COMPILED, GROUP_SIZE, GROUPED, OF_GENERATE, RESIDUAL_LENGTH
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,8 +20,18 @@ KERNELS = {
 }
 """Attention value to the member of `torch.nn.attention.SDPBackend` that it forces."""
 
-_HALF_ONLY = ("sdpa_flash", "sdpa_cudnn")
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash-attn",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
+}
+"""Attention value to the distribution that brings it; Transformers knows it by the value's own name."""
 
+_HALF_ONLY = ("sdpa_flash", "sdpa_cudnn", *FLASH_PACKAGES)
+_OF_BATCHES = ("sdpa", "eager", *FLASH_PACKAGES)
+"""Attention that `generate_batch` takes; it computes in a thread of its own, which no context of the caller reaches."""
+NO_CHUNKS = "off"
+PREFILL_CHUNKS = (128, 512, 2048)
 
 OWN_THREADS = "own"
 """Value of `threads` that leaves torch the number it takes by itself."""
@@ -37,7 +48,11 @@ def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, .
     return (
         _dtype(shape, probe),
         _attention(shape, probe),
-        _cache(),
+        _cache(shape, probe),
+        _residual_length(),
+        _group_size(),
+        _block_sharing(shape),
+        _prefill_chunk(shape),
         _compile(probe),
         _grad_mode(),
         _threads(probe, threads),
@@ -76,7 +91,21 @@ def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str |
         return f"{needed / 2**30:.1f} GiB of weights in {settings['dtype']} do not fit the {free / 2**30:.1f} GiB free"
     if _kind(probe) == "cuda" and settings["dtype"] == "float32" and settings["attention"] in _HALF_ONLY:
         return f"{settings['attention']} needs bfloat16 or float16 on cuda"
-    return _kernel_reason(settings, shape) if _kind(probe) == "cuda" else None
+    on_cuda = _kernel_reason(settings, shape) if _kind(probe) == "cuda" else None
+    return on_cuda or _cache_reason(settings, shape)
+
+
+def _cache_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
+    """What a kind of cache does not go together with, by Transformers 5.17 to 5.24."""
+    cache, attention = settings["cache"], settings["attention"]
+    if cache == "paged" and attention not in _OF_BATCHES:
+        return f"generate_batch takes no {attention}, only {', '.join(_OF_BATCHES)}"
+    if attention == "flex_attention" and CACHES[cache].static:
+        return "Transformers cannot hand the mask of flex attention on to a static cache"
+    numbers = None if shape.kv_heads is None or shape.head_dim is None else shape.kv_heads * shape.head_dim
+    if cache in GROUPED and numbers is not None and numbers % int(settings["group_size"]):
+        return f"groups of {settings['group_size']} do not divide the {numbers} keys of a token in a layer"
+    return None
 
 
 def _kernel_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
@@ -111,6 +140,12 @@ def _reason(probe: Probe, fact: str) -> str | None:
     return None if reason is None else str(reason)
 
 
+def _limit(shape: ModelShape, fact: str) -> str | None:
+    """Why Transformers cannot do something with this architecture, or None."""
+    reason = shape.facts.get(fact)
+    return None if reason is None else str(reason)
+
+
 def _dtype(shape: ModelShape, probe: Probe) -> Knob:
     stored = shape.dtype or "float32"
 
@@ -132,20 +167,45 @@ def _attention(shape: ModelShape, probe: Probe) -> Knob:
     """What Transformers takes by itself is the default: SDPA, or eager for the architectures that have no SDPA."""
     kind = _kind(probe)
     without_sdpa = shape.facts.get("sdpa")
-    unavailable = dict.fromkeys(("sdpa", *KERNELS), str(without_sdpa)) if without_sdpa else _unavailable_kernels(probe)
+    unavailable = _unavailable_packages(probe) | (
+        dict.fromkeys(("sdpa", *KERNELS), str(without_sdpa)) if without_sdpa else _unavailable_kernels(probe)
+    )
+    if without_flex := _limit(shape, "flex_attention"):
+        unavailable["flex_attention"] = without_flex
     default = "eager" if without_sdpa else "sdpa"
 
-    def value(name: str, simplicity: int) -> KnobValue:
-        # On the CPU, flash is what SDPA chooses by itself: a candidate that is most often an alias.
-        where: Space = "default" if (name, kind) == ("sdpa_flash", "cpu") else "safe"
+    def value(name: str, simplicity: int, where: Space = "safe", compiles: bool = False) -> KnobValue:
         rank = 0 if name == default else simplicity
-        return KnobValue(name=name, space=where, simplicity=rank, unavailable=unavailable.get(name))
+        return KnobValue(name=name, space=where, simplicity=rank, compiles=compiles, unavailable=unavailable.get(name))
 
     return Knob(
         name="attention",
-        values=(value("sdpa", 1), value("eager", 1), *(value(name, 2) for name in KERNELS)),
+        values=(
+            value("sdpa", 1),
+            value("eager", 1),
+            # On the CPU, flash is what SDPA chooses by itself: a candidate that is most often an alias.
+            *(value(name, 2, "default" if (name, kind) == ("sdpa_flash", "cpu") else "safe") for name in KERNELS),
+            *(value(name, 2) for name in FLASH_PACKAGES),
+            value("flex_attention", 2, "full", compiles=True),
+            value("xformers", 2, "full"),
+        ),
         default=default,
     )
+
+
+def _unavailable_packages(probe: Probe) -> dict[str, str]:
+    """Attention that comes from elsewhere than PyTorch, and flex attention, which PyTorch compiles."""
+    kind = _kind(probe)
+    if kind == "cuda":
+        facts = {name: _reason(probe, name) for name in (*FLASH_PACKAGES, "xformers")}
+        facts["flex_attention"] = _reason(probe, "compile")
+    else:
+        facts = {name: f"{package} has kernels for cuda only" for name, package in FLASH_PACKAGES.items()}
+        facts["xformers"] = "xFormers has kernels for cuda only"
+        facts["flex_attention"] = (
+            "PyTorch has flex attention for cuda and the CPU only" if kind == "mps" else _reason(probe, "compile")
+        )
+    return {name: reason for name, reason in facts.items() if reason is not None}
 
 
 def _unavailable_kernels(probe: Probe) -> dict[str, str]:
@@ -158,28 +218,102 @@ def _unavailable_kernels(probe: Probe) -> dict[str, str]:
     return {name: reason for name in KERNELS if (reason := _reason(probe, name)) is not None}
 
 
-def _cache() -> Knob:
-    dynamic = KnobValue(name="dynamic", space="safe")
-    static = KnobValue(name="static", space="safe", simplicity=1)
-    return Knob(name="cache", values=(dynamic, static), default="dynamic")
+def _cache(shape: ModelShape, probe: Probe) -> Knob:
+    simplicity = {"dynamic": 0, "static": 1, "offloaded": 1}
+    spaces: dict[str, Space] = {"dynamic": "safe", "static": "safe", "offloaded": "default"}
+
+    def value(name: str) -> KnobValue:
+        return KnobValue(
+            name=name,
+            space=spaces.get(name, "full"),
+            lossy=bool(CACHES[name].quantised),
+            simplicity=simplicity.get(name, 2),
+            unavailable=_cache_unavailable(name, shape, probe),
+        )
+
+    return Knob(name="cache", values=tuple(value(name) for name in CACHES), default="dynamic")
+
+
+def _cache_unavailable(name: str, shape: ModelShape, probe: Probe) -> str | None:
+    kind = CACHES[name]
+    if kind.offloads and _kind(probe) != "cuda":
+        return f"on {_kind(probe)} the cache is in the memory of the host as it is: offloading needs a cuda device"
+    sorts = {"paged": kind.implementation is None, "static": kind.static, "quantised": bool(kind.quantised)}
+    for sort in (sort for sort, applies in sorts.items() if applies):
+        if limit := _limit(shape, sort):
+            return limit
+    if kind.implementation is None:
+        return _paged_unavailable(shape, probe)
+    return _reason(probe, str(kind.quantised["backend"])) if kind.quantised else None
+
+
+def _paged_unavailable(shape: ModelShape, probe: Probe) -> str | None:
+    if "other" in shape.attention:
+        return "generate_batch has pages for layers of full and of sliding attention only"
+    return _reason(probe, "paged")
+
+
+def _residual_length() -> Knob:
+    """Newest tokens that a grouped cache keeps unquantised."""
+    return _of_groups("residual_length", RESIDUAL_LENGTH, RESIDUAL_LENGTH // 4)
+
+
+def _group_size() -> Knob:
+    """Numbers that share a scale in a grouped cache."""
+    return _of_groups("group_size", GROUP_SIZE, GROUP_SIZE // 2)
+
+
+def _of_groups(name: str, default: int, other: int) -> Knob:
+    values = (KnobValue(name=str(default), space="safe"), KnobValue(name=str(other), space="full", simplicity=1))
+    return Knob(name=name, values=values, default=str(default), when={"cache": GROUPED})
+
+
+def _block_sharing(shape: ModelShape) -> Knob:
+    """Whether requests with an equal beginning share the blocks of a paged cache; `generate_batch` does so by itself.
+
+    Off is the default here: a block that one request has filled can be noticed by another one's time to first token.
+    """
+    off = KnobValue(name="off", space="safe")
+    limit = _limit(shape, "block_sharing")
+    on = KnobValue(name="on", space="full", simplicity=1, shares_state=True, unavailable=limit)
+    return Knob(name="block_sharing", values=(off, on), default="off", when={"cache": ("paged",)})
+
+
+def _prefill_chunk(shape: ModelShape) -> Knob:
+    """Tokens of the prompt per forward call; smaller activations for more calls."""
+    limit = _limit(shape, "prefill_chunk")
+    chunks = (KnobValue(name=str(one), space="full", simplicity=1, unavailable=limit) for one in PREFILL_CHUNKS)
+    whole = KnobValue(name=NO_CHUNKS, space="safe")
+    return Knob(name="prefill_chunk", values=(whole, *chunks), default=NO_CHUNKS, when={"cache": CHUNKED})
 
 
 def _compile(probe: Probe) -> Knob:
     kind = _kind(probe)
     graphs = None if kind == "cuda" else f"works by CUDA graphs, which {kind} does not have"
     compiler = "torch.compile for mps is a prototype" if kind == "mps" else _reason(probe, "compile")
+    by_itself = None if kind == "cuda" else "generate compiles by itself on cuda only"
+
+    def value(name: str, space: Space, simplicity: int, unavailable: str | None) -> KnobValue:
+        return KnobValue(
+            name=name, space=space, simplicity=simplicity, compiles=True, unavailable=unavailable or compiler
+        )
+
     values = (
         KnobValue(name="off", space="safe"),
-        KnobValue(name="default", space="default", simplicity=2, compiles=True, unavailable=compiler),
-        KnobValue(name="reduce-overhead", space="default", simplicity=3, compiles=True, unavailable=graphs or compiler),
+        value("auto", "default", 1, by_itself),
+        value("default", "default", 2, None),
+        value("reduce-overhead", "default", 3, graphs),
+        value("max-autotune", "full", 3, None),
+        value("max-autotune-no-cudagraphs", "full", 3, graphs),
     )
-    return Knob(name="compile", values=values, default="off", when={"cache": ("static",)})
+    return Knob(name="compile", values=values, default="off", when={"cache": COMPILED})
 
 
 def _grad_mode() -> Knob:
     no_grad = KnobValue(name="no_grad", space="safe")
     inference_mode = KnobValue(name="inference_mode", space="default", simplicity=1)
-    return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad")
+    # The thread in which generate_batch computes has a mode of its own.
+    return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad", when={"cache": OF_GENERATE})
 
 
 def _threads(probe: Probe, asked: int | None) -> Knob:
