@@ -118,7 +118,7 @@ def environment(session: nox.Session) -> None:
     """Install the packages from the tree, with what tests them; the engines where torch runs."""
     with_torch = session.python == TORCH_PYTHON
     session.install(*PINNED, *group("build"))
-    tools = group("test", "types", "layers", "quantised", "replay") if with_torch else group("test")
+    tools = group("test", "types", "layers", "quantised", "placement", "replay") if with_torch else group("test")
     session.install(*PINNED, *tools, *editable(*map(source, PACKAGES if with_torch else LIBRARIES)))
 
 
@@ -222,7 +222,7 @@ def minimums(session: nox.Session) -> None:
     """Run the tests of all packages with the lowest versions that they accept; that torch brings gigabytes of CUDA."""
     pins = sorted({lowest for package in PACKAGES for lowest in lowest_versions(package)})
     session.install(*group("build"))
-    session.install(*group("test", "layers", "quantised"), *pins, *editable(*map(source, PACKAGES)))
+    session.install(*group("test", "layers", "quantised", "placement"), *pins, *editable(*map(source, PACKAGES)))
     warn_only = ("-W", "default")  # what old versions say of new ones is not ours to mend
     suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
     command = ["pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs]

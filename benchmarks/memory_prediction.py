@@ -137,7 +137,8 @@ def described(model: ModelRef) -> ModelShape:
     """The shape as a run has it: from the engine, in a child."""
     with WorkerProcess({}) as worker:
         worker.call("start", {"engine": "transformers", "scratch": None}, "start", PATIENT)
-        answer = worker.call("describe", {"model": model.model_dump(mode="json"), "device": "cpu"}, "describe", PATIENT)
+        asked = {"model": model.model_dump(mode="json"), "device": "cpu", "options": {}}
+        answer = worker.call("describe", asked, "describe", PATIENT)
     return ModelShape.model_validate(answer)
 
 

@@ -101,8 +101,8 @@ class EchoEngine(FakeEngine):
     name = "echo"
     own_models = ("echo:",)
 
-    def describe(self, model, device):
-        return FakeEngine().describe(ModelRef(id="fake:tiny"), device)
+    def describe(self, model, device, options):
+        return FakeEngine().describe(ModelRef(id="fake:tiny"), device, options)
 
     def adapter(self, scratch):
         return EchoAdapter()

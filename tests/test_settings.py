@@ -29,3 +29,8 @@ def test_every_knob_and_value_is_on_the_page_and_no_other() -> None:
 
 def test_the_number_of_threads_is_on_the_page() -> None:
     assert re.search(r"^\| `threads` \| a number \|", PAGE.read_text(), re.MULTILINE)
+
+
+def test_every_engine_option_is_on_the_page_and_no_other() -> None:
+    listed = re.findall(r"^- `(\w+)`: ", PAGE.read_text().partition("## Engine options")[2], re.MULTILINE)
+    assert listed == list(TransformersEngine.options)

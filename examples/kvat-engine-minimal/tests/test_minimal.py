@@ -85,6 +85,6 @@ def test_unknown_model_and_device_are_refused() -> None:
     engine = load_engine("minimal")
 
     with pytest.raises(UsageError, match="use --model minimal:nearest"):
-        engine.describe(ModelRef(id="gpt2"), "cpu")
+        engine.describe(ModelRef(id="gpt2"), "cpu", {})
     with pytest.raises(UsageError, match="use --device cpu"):
-        engine.probe("cuda")
+        engine.probe("cuda", {})

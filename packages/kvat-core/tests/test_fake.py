@@ -84,8 +84,8 @@ def recipe_of(engine: Engine, behaviour: str, settings: Settings, scenario: Scen
 
 def candidates(engine: Engine, space: Space) -> tuple[list[Settings], list[str]]:
     """Settings of what can be tried, and the reasons against the rest."""
-    probe = engine.probe(None)
-    shape = engine.describe(ModelRef(id=engine.own_models[0]), probe.device)
+    probe = engine.probe(None, {})
+    shape = engine.describe(ModelRef(id=engine.own_models[0]), probe.device, {})
     entries = enumerate_candidates(
         engine.space(shape, probe, SpaceRequest(space=space)),
         space,
@@ -405,9 +405,9 @@ def test_suspect_does_not_come_back(engine: Engine) -> None:
 def test_unknown_model_and_device_are_refused(engine: Engine) -> None:
     for model in ("gpt2", f"{engine.name}:", f"{engine.name}:shiny", "other:tiny"):
         with pytest.raises(UsageError, match=f"choose one of {engine.name}:tiny"):
-            engine.describe(ModelRef(id=model), "cpu")
+            engine.describe(ModelRef(id=model), "cpu", {})
     with pytest.raises(UsageError, match="use --device cpu"):
-        engine.probe("cuda")
+        engine.probe("cuda", {})
 
 
 @FACES

@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -194,10 +195,10 @@ def test_a_check_of_the_device_names_no_directory(
     asked = itertools.count()
     probe = FakeEngine.probe
 
-    def broken_later(self: FakeEngine, device: str | None) -> Probe:
+    def broken_later(self: FakeEngine, device: str | None, options: Mapping[str, str]) -> Probe:
         if next(asked):
             raise OSError("/home/somebody/driver/libdevice.so: no such file")
-        return probe(self, device)
+        return probe(self, device, options)
 
     monkeypatch.setattr(FakeEngine, "probe", broken_later)
     request = TuneRequest(out=tmp_path / "out", model="fake:all-fail", profile="ci-micro", space="full")

@@ -180,7 +180,7 @@ def test_another_engine_version_is_refused(command: MakeCommand, monkeypatch: py
     stopped = command()
     stopped.run(40)
 
-    def upgraded(self: FakeEngine, device: str | None) -> Probe:
+    def upgraded(self: FakeEngine, device: str | None, options: Mapping[str, str]) -> Probe:
         return Probe(device="cpu", versions={"kvat-core": "9"})
 
     monkeypatch.setattr(FakeEngine, "probe", upgraded)

@@ -44,7 +44,7 @@ def child() -> psutil.Process:
 def test_a_worker_answers_and_leaves_nothing_behind() -> None:
     with WorkerProcess({}) as worker:
         worker.call("start", {"engine": "fake", "scratch": None}, "start", Limits(60))
-        probe = worker.call("probe", {"device": None}, "probe", Limits(60))
+        probe = worker.call("probe", {"device": None, "options": {}}, "probe", Limits(60))
         process = child()
     assert isinstance(probe, dict)
     assert probe["device"] == "cpu"
@@ -131,7 +131,7 @@ def test_a_foreign_exception_tells_its_type_and_not_its_text(worker: WorkerProce
 
 def test_unusable_input_is_no_failure_of_a_candidate(worker: WorkerProcess) -> None:
     with pytest.raises(UsageError, match="has no device 'tpu'"):
-        worker.call("probe", {"device": "tpu"}, "probe", Limits(60))
+        worker.call("probe", {"device": "tpu", "options": {}}, "probe", Limits(60))
 
 
 def test_a_message_that_is_too_long_is_refused(worker: WorkerProcess) -> None:
@@ -187,7 +187,7 @@ class ScriptedAdapter(type(FakeEngine().adapter(None))):
 class ScriptedEngine(FakeEngine):
     name = "scripted"
 
-    def probe(self, device):
+    def probe(self, device, options):
         return Probe(device="cpu", versions={}, facts={"stdin": sys.stdin.read()})
 
     def adapter(self, scratch):
@@ -292,7 +292,7 @@ def typed(text: bytes) -> Iterator[None]:
 
 def test_a_workers_input_is_empty(scripted: Scripted) -> None:
     with typed(b"for the parent"), scripted("") as worker:
-        probe = worker.call("probe", {"device": None}, "probe", Limits(60))
+        probe = worker.call("probe", {"device": None, "options": {}}, "probe", Limits(60))
     assert isinstance(probe, dict)
     assert probe["facts"] == {"stdin": ""}
 

@@ -278,7 +278,7 @@ def test_a_snippet_that_cannot_be_written_costs_no_plan(
 def test_an_engine_that_cannot_be_asked_says_why(
     out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type
 ) -> None:
-    def broken(self: FakeEngine, device: str | None) -> Probe:
+    def broken(self: FakeEngine, device: str | None, options: Mapping[str, str]) -> Probe:
         raise RuntimeError("the driver is\nnot loaded")
 
     monkeypatch.setattr(FakeEngine, "probe", broken)
@@ -309,7 +309,7 @@ def test_an_engine_without_a_demonstration_needs_a_model(out: Path, monkeypatch:
 
 
 def test_what_nobody_chose_is_noted(out: Path, monkeypatch: pytest.MonkeyPatch, in_process_worker: type) -> None:
-    def one_thread(self: FakeEngine, device: str | None) -> Probe:
+    def one_thread(self: FakeEngine, device: str | None, options: Mapping[str, str]) -> Probe:
         return Probe(device="cpu", threads=1, versions={})
 
     monkeypatch.setattr(FakeEngine, "probe", one_thread)

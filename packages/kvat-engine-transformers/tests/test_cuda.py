@@ -35,7 +35,7 @@ EXAMPLES = 4
 
 @cache
 def machine() -> tuple[Probe, ModelShape]:
-    return probe_device("cuda:0"), describe_model(MODEL, "cuda:0")
+    return probe_device("cuda:0", {}), describe_model(MODEL, "cuda:0", {})
 
 
 def exclusion(settings: dict[str, str]) -> str | None:

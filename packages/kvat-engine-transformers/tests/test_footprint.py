@@ -134,7 +134,7 @@ def test_what_is_predicted_is_what_a_call_keeps_alive(
     with Alive({tensor.untyped_storage()._cdata: None for tensor in known}) as alive:
         adapter.run_decode(prompt, scenario.output_tokens)
 
-    predicted = predicted_bytes(describe_model(reference, "cpu"), chosen, scenario, 0)
+    predicted = predicted_bytes(describe_model(reference, "cpu", {}), chosen, scenario, 0)
 
     assert alive.peak_bytes == pytest.approx(predicted, rel=0.05)
 
@@ -150,7 +150,7 @@ def test_what_is_predicted_is_what_a_call_keeps_alive(
 def test_of_what_was_not_verified_only_the_cache_is_predicted(
     tmp_path: Path, settings: dict[str, str], device: str, architecture: str
 ) -> None:
-    shape = describe_model(model_of(tmp_path), "cpu").model_copy(update={"architecture": architecture})
+    shape = describe_model(model_of(tmp_path), "cpu", {}).model_copy(update={"architecture": architecture})
 
     footprint = ENGINE.footprint({**SETTINGS, **settings}, PREFILL, shape, device)
 
@@ -174,7 +174,7 @@ def test_a_process_rises_by_what_is_predicted(tmp_path: Path, cache: str) -> Non
     first_call_bytes = rise_bytes(environment, recipe.load, [(recipe.model_dump(mode="json"), small)])
     measured = rise_bytes(environment, recipe.load, [(recipe.model_dump(mode="json"), scenario)])
 
-    predicted = predicted_bytes(describe_model(reference, "cpu"), settings, scenario, first_call_bytes)
+    predicted = predicted_bytes(describe_model(reference, "cpu", {}), settings, scenario, first_call_bytes)
     assert abs(predicted - measured) <= max(0.1 * measured, 16 * MIB)
 
 

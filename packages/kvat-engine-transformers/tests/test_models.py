@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def describe(model_id: str | Path, **changes: Any) -> ModelShape:
-    return TransformersEngine().describe(ModelRef(id=str(model_id), **changes), "cpu")
+    return TransformersEngine().describe(ModelRef(id=str(model_id), **changes), "cpu", {})
 
 
 @pytest.fixture(autouse=True)
@@ -202,13 +202,13 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_made(monkeypatc
 
 
 def test_the_device_is_the_one_asked_for_or_an_error() -> None:
-    assert probe_device("cpu").device == "cpu"
+    assert probe_device("cpu", {}).device == "cpu"
     for device in ("tpu", "cuda:99"):
         with pytest.raises(UsageError, match=f"device {device} is not here; choose one of: .*cpu"):
-            probe_device(device)
+            probe_device(device, {})
 
 
 def test_one_core_stays_free() -> None:
-    threads = probe_device("cpu").threads
+    threads = probe_device("cpu", {}).threads
     assert threads is not None
     assert 1 <= threads <= max(1, (psutil.cpu_count() or 1) - 1)

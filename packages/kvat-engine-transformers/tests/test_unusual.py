@@ -53,8 +53,8 @@ def test_what_runs_today_without_sdpa_is_eager(tmp_path: Path, monkeypatch: pyte
     # Older versions of transformers load it with SDPA.
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", False)
     engine = TransformersEngine()
-    shape = engine.describe(ModelRef(id=saved(tmp_path, "gemma2", sliding_window=32)), "cpu")
-    knobs = engine.space(shape, engine.probe("cpu"), SpaceRequest(space="safe"))
+    shape = engine.describe(ModelRef(id=saved(tmp_path, "gemma2", sliding_window=32)), "cpu", {})
+    knobs = engine.space(shape, engine.probe("cpu", {}), SpaceRequest(space="safe"))
     attention = next(knob for knob in knobs if knob.name == "attention")
     assert attention.default == "eager"
     assert [value.name for value in attention.values if value.unavailable is None] == ["eager"]
@@ -75,7 +75,7 @@ def test_an_eager_only_architecture_is_tuned_as_it_is(tmp_path: Path) -> None:
 def test_a_head_size_that_differs_by_layer_is_no_prediction(tmp_path: Path) -> None:
     if "gemma4_text" not in CONFIG_MAPPING:
         pytest.skip("this version of transformers has no architecture whose head size differs by layer")
-    shape = TransformersEngine().describe(ModelRef(id=saved(tmp_path, "gemma4_text", sliding_window=32)), "cpu")
+    shape = TransformersEngine().describe(ModelRef(id=saved(tmp_path, "gemma4_text", sliding_window=32)), "cpu", {})
     assert (shape.kv_heads, shape.head_dim) == (2, None)
 
 
@@ -92,4 +92,4 @@ def test_a_model_without_attention_has_nothing_to_tune(tmp_path: Path) -> None:
     config = AutoConfig.for_model("mamba", vocab_size=512, hidden_size=64, num_hidden_layers=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has no attention"):
-        TransformersEngine().describe(ModelRef(id=str(tmp_path)), "cpu")
+        TransformersEngine().describe(ModelRef(id=str(tmp_path)), "cpu", {})

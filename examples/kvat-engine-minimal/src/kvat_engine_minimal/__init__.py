@@ -20,13 +20,13 @@ class MinimalEngine(Engine):
     name = "minimal"
     own_models = (MODEL,)
 
-    def probe(self, device: str | None) -> Probe:
-        """Only the CPU will do."""
+    def probe(self, device: str | None, options: Mapping[str, str]) -> Probe:
+        """Only the CPU will do; it declares no options, so there are none."""
         if device not in (None, "cpu"):
             raise UsageError(f"engine minimal has no device {device!r}; use --device cpu")
         return Probe(device="cpu", versions={"kvat-engine-minimal": version("kvat-engine-minimal")})
 
-    def describe(self, model: ModelRef, device: str) -> ModelShape:
+    def describe(self, model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
         """The one model there is; what does not apply to it stays null, so nothing is predicted from it."""
         if model.id != MODEL:
             raise UsageError(f"engine minimal has no model {model.id!r}; use --model {MODEL}")

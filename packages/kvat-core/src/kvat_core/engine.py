@@ -117,24 +117,29 @@ class Engine(ABC):
     own_models: ClassVar[tuple[str, ...]] = ()
     """Model ids (or prefixes ending in a colon) that only this engine understands, e.g. ``random:``.
     The first one is its demonstration model."""
+    options: ClassVar[Mapping[str, str]] = {}
+    """What `--engine-option` may set: name → what it does. Core refuses other names and knows nothing of the values.
+    They reach `probe` and `describe`, and `recipe` in the target; journal and plan record them, without directories."""
 
     @abstractmethod
-    def probe(self, device: str | None) -> Probe:
+    def probe(self, device: str | None, options: Mapping[str, str]) -> Probe:
         """Find out what can run here, and compute something small on the device (in a child process).
 
         Args:
             device: device asked for, None for the best one present.
+            options: those of `options` that the user has set.
 
         Raises:
-            UsageError: that device is unknown, not there, or does not work.
+            UsageError: that device is unknown, not there, or does not work; or an option has a value that cannot be
+                carried out here.
         """
 
     @abstractmethod
-    def describe(self, model: ModelRef, device: str) -> ModelShape:
+    def describe(self, model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
         """Read the model's shape from its metadata, without loading weights (in a child process).
 
         Raises:
-            UsageError: no such model, not usable by this engine, or it cannot fit the device.
+            UsageError: no such model, not usable by this engine or with these options, or it cannot fit the device.
         """
 
     @abstractmethod

@@ -191,12 +191,12 @@ def _chatter() -> None:
 class _ScriptedEngine(Engine):
     """What both faces have in common."""
 
-    def probe(self, device: str | None) -> Probe:
+    def probe(self, device: str | None, options: Mapping[str, str]) -> Probe:
         if device not in (None, "cpu"):
             raise UsageError(f"engine {self.name!r} has no device {device!r}; use --device cpu")
         return Probe(device="cpu", versions={"kvat-core": version("kvat-core")})
 
-    def describe(self, model: ModelRef, device: str) -> ModelShape:
+    def describe(self, model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
         scheme, _, behaviour = model.id.partition(":")
         if scheme != self.name or behaviour not in _BEHAVIOURS:
             known = ", ".join(f"{self.name}:{name}" for name in _BEHAVIOURS)

@@ -86,7 +86,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         kvat=header.kvat,
         partial=run.end is None,
         created=header.created,
-        engine=PlanEngine(name=header.engine, versions=header.versions),
+        engine=PlanEngine(name=header.engine, versions=header.versions, options=header.target.options),
         model=PlanModel(
             id=header.target.model.id,
             revision=header.shape.revision,

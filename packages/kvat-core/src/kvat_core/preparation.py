@@ -86,6 +86,8 @@ class TuneRequest:
     """None = the best one present."""
     threads: int | None = None
     """CPU threads; None = what the engine uses by itself."""
+    engine_options: Mapping[str, str] = field(default_factory=dict)
+    """What the engine alone understands, by the names in its `options`."""
     profile: str | Profile | None = None
     """Preset name, JSON file or object; None = ci-micro, which is quick and says so."""
     contexts: tuple[int, ...] = ()
@@ -187,6 +189,7 @@ def foresee(
 def _look_up(request: TuneRequest) -> _Asked:
     find_search(request.search)
     engine = discovery.pick_engine(request.engine, request.model)
+    _require_known_options(engine, request.engine_options)
     model = ModelRef(id=_model_id(request, engine), revision=request.revision, allow_download=request.allow_download)
     profile = _profile(request)
     out = Path(request.out or _default_out(engine, model.id, profile.name))
@@ -205,7 +208,7 @@ def _look(
     fetching = ", and fetching what is missing" if request.allow_download else ""
     announce(f"looking at the machine and the model{fetching}")
     probing = time.perf_counter()
-    probe, shape = _ask_child(engine, model, request.device, open_worker, deadlines)
+    probe, shape = _ask_child(engine, model, request, open_worker, deadlines)
     probe_s = time.perf_counter() - probing
     fitted, notes = profiles.fit(
         asked.profile,
@@ -221,7 +224,12 @@ def _look(
         raise UsageError(f"{model.id} has no revisions; leave --revision out")
     # What was described is what is loaded, however the hub changes meanwhile.
     model = model.model_copy(update={"revision": shape.revision, "allow_download": False})
-    target = Target(model=model, device=probe.device, threads=request.threads or probe.threads)
+    target = Target(
+        model=model,
+        device=probe.device,
+        threads=request.threads or probe.threads,
+        options=dict(request.engine_options),
+    )
     entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
@@ -268,6 +276,13 @@ def _context_bound(wanted: int | Literal["auto", "off"], profile: Profile, shape
     return None
 
 
+def _require_known_options(engine: Engine, options: Mapping[str, str]) -> None:
+    unknown = next((name for name in options if name not in engine.options), None)
+    if unknown is not None:
+        known = f"choose one of {', '.join(engine.options)}" if engine.options else "it has none"
+        raise UsageError(f"engine {engine.name} has no option {unknown!r} for --engine-option; {known}")
+
+
 def _model_id(request: TuneRequest, engine: Engine) -> str:
     if request.model is None and not engine.own_models:
         raise UsageError(f"engine {engine.name} has no demonstration model; name a --model")
@@ -308,18 +323,18 @@ def _default_out(engine: Engine, model_id: str, profile_name: str) -> Path:
 
 
 def _ask_child(
-    engine: Engine, model: ModelRef, device: str | None, open_worker: OpenWorker, deadlines: Deadlines
+    engine: Engine, model: ModelRef, request: TuneRequest, open_worker: OpenWorker, deadlines: Deadlines
 ) -> tuple[Probe, ModelShape]:
     """Probe and describe in one short-lived child, because both may import anything."""
+    options: dict[str, JsonValue] = dict(request.engine_options)
     try:
         with open_worker({}) as worker:
             worker.call("start", {"engine": engine.name, "scratch": None}, "start", CallLimits(deadlines.start_s))
-            probe = Probe.model_validate(
-                worker.call("probe", {"device": device}, "probe", CallLimits(deadlines.start_s))
-            )
+            asked: dict[str, JsonValue] = {"device": request.device, "options": options}
+            probe = Probe.model_validate(worker.call("probe", asked, "probe", CallLimits(deadlines.start_s)))
             described = worker.call(
                 "describe",
-                {"model": model.model_dump(mode="json"), "device": probe.device},
+                {"model": model.model_dump(mode="json"), "device": probe.device, "options": options},
                 "describe",
                 CallLimits(deadlines.download_s if model.allow_download else deadlines.load_s),
             )
@@ -346,12 +361,13 @@ def _header(
     probe_s: float,
 ) -> Header:
     public = target.model.model_copy(update={"id": _public_id(engine, target.model.id, local=shape.local)})
+    options = {name: anonymous(value) for name, value in target.options.items()}
     return Header(
         kvat=version("kvat-core"),
         created=utc_now(),
         engine=engine.name,
         versions=probe.versions,
-        target=target.model_copy(update={"model": public}),
+        target=target.model_copy(update={"model": public, "options": options}),
         shape=shape,
         machine=machine.read_machine(target.device, target.threads, probe.device_memory_bytes),
         profile=profile.redacted(),

@@ -151,6 +151,7 @@ def tune(
             watch=watch or system,
             process_device_bytes=system.process_bytes,
             deadlines=limits,
+            options=request.engine_options,
         )
         display.run = run
         before = _Times.of(run)
@@ -169,7 +170,7 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
     strategy = find_search(run.header.search)(load_keys, run.header.seed, allowance)
     search = Rationed(strategy, load_keys, allowance)
     stopped: KvatError
-    breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines)
+    breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines, bench.options)
     try:
         while order := search.next(run):
             stop.check()

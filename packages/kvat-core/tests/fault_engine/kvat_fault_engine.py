@@ -112,7 +112,7 @@ class FaultEngine(FakeEngine):
     name = "faults"
     own_models = ("faults:all",)
 
-    def describe(self, model: Any, device: str) -> ModelShape:
+    def describe(self, model: Any, device: str, options: Mapping[str, str]) -> ModelShape:
         return ModelShape(architecture="fake", layers=1, attention=("full",), weights="random")
 
     def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
-from kvat_engine_transformers.devices import free_bytes
+from kvat_engine_transformers.devices import free_bytes, used_devices
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.models import SHAPES, Source, load_tokenizer, resolve
 from kvat_engine_transformers.widths import mlp_size, parameter_counts
@@ -22,13 +23,16 @@ from kvat_engine_transformers.widths import mlp_size, parameter_counts
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def describe_model(model: ModelRef, device: str) -> ModelShape:
+def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
     """What the files tell without loading weights.
 
     Raises:
         UsageError: no such model, no model that generates text, or too large for the device.
     """
     source = resolve(model.id, model.revision, model.allow_download)
+    if source.kind == "random" and "device_map" in options:
+        raise UsageError("device_map spreads a checkpoint, and random weights are made on one device; leave it out")
+    devices = used_devices(device, options)
     config = _read_config(model.id, source)
     if source.kind != "random":
         _require_safetensors(model.id, source.path)
@@ -38,7 +42,7 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
     dtype = _dtype(model.id, config, source)
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
     weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
-    _require_memory(model.id, weight_bytes, device)
+    _require_memory(model.id, weight_bytes, devices)
     return ModelShape(
         architecture=str(config.model_type),
         layers=text.num_hidden_layers,
@@ -59,7 +63,7 @@ def describe_model(model: ModelRef, device: str) -> ModelShape:
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
         has_tokenizer=load_tokenizer(source) is not None,
-        facts={"sdpa": without_sdpa},
+        facts={"sdpa": without_sdpa, "devices": len(devices)},
     )
 
 
@@ -140,11 +144,12 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedM
             return eager, f"Transformers has no SDPA for the architecture {config.model_type}"
 
 
-def _require_memory(model_id: str, weight_bytes: int, device: str) -> None:
-    free = free_bytes(device)
+def _require_memory(model_id: str, weight_bytes: int, devices: Sequence[str]) -> None:
+    free = free_bytes(devices)
     if weight_bytes > free:
+        where = " and ".join(devices)
         raise UsageError(
-            f"{model_id} has {weight_bytes / 2**30:.1f} GiB of weights and {device} {free / 2**30:.1f} GiB free; "
+            f"{model_id} has {weight_bytes / 2**30:.1f} GiB of weights and {where} {free / 2**30:.1f} GiB free; "
             "choose a smaller model"
         )
 

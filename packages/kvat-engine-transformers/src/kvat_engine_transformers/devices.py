@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,39 +15,55 @@ from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.probes.control_group import quota_cores
 from kvat_core.probes.cpu import available_memory_bytes, usable_cores
+from kvat_engine_transformers import libraries, placement
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 
 
-def probe_device(device: str | None) -> Probe:
+def probe_device(device: str | None, options: Mapping[str, str]) -> Probe:
     """The device to use, and for each thing that it cannot do the reason.
 
     Raises:
-        UsageError: the device is unknown or not there.
+        UsageError: the device is unknown or not there, or the options cannot be carried out.
     """
+    placement.require_possible(options)
     chosen = _choose(device)
-    _use(chosen)
+    if "device_map" in options and chosen != _present()[0]:
+        raise UsageError(
+            f"device_map begins with {_present()[0]}, not with {chosen}; leave --device out, and choose among CUDA "
+            "devices with CUDA_VISIBLE_DEVICES"
+        )
+    used = used_devices(chosen, options)
+    for one in used:
+        _use(one)
     facts = _cuda_facts(torch.device(chosen)) if chosen.startswith("cuda") else _other_facts(chosen)
     return Probe(
         device=chosen,
         threads=_threads(),
-        device_memory_bytes=_own_memory_bytes(chosen),
+        device_memory_bytes=_own_memory_bytes(used),
         versions=_versions(),
         device_uuid=_uuid(chosen),
-        facts={**facts, "free_bytes": free_bytes(chosen), "cores": usable_cores()},
+        facts={**facts, "free_bytes": free_bytes(used), "cores": usable_cores()},
     )
 
 
-def free_bytes(device: str) -> int:
-    """Memory that a model can still be loaded into."""
-    if device.startswith("cuda"):
-        free: int = torch.cuda.mem_get_info(torch.device(device))[0]
-        return free
+def used_devices(device: str, options: Mapping[str, str]) -> tuple[str, ...]:
+    """The device, or with a `device_map` all of its kind."""
+    kind = device.partition(":")[0]
+    return tuple(one for one in _present() if one.partition(":")[0] == kind) if "device_map" in options else (device,)
+
+
+def free_bytes(devices: Sequence[str]) -> int:
+    """Memory that a model can still be loaded into, of all devices together."""
+    if devices[0].startswith("cuda"):
+        return sum(int(torch.cuda.mem_get_info(torch.device(device))[0]) for device in devices)
     return available_memory_bytes()
 
 
-def _own_memory_bytes(device: str) -> int | None:
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else None
+def _own_memory_bytes(devices: Sequence[str]) -> int | None:
+    if not devices[0].startswith("cuda"):
+        return None
+    return sum(int(torch.cuda.get_device_properties(device).total_memory) for device in devices)
 
 
 def _choose(asked: str | None) -> str:
@@ -106,13 +123,14 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     # The version of the build itself, which names the accelerator toolkit as well.
-    return {**found, "torch": torch.__version__}
+    return {**found, **libraries.versions(), "torch": torch.__version__}
 
 
 def _other_facts(device: str) -> dict[str, JsonValue]:
     return {
         **{name: _dtype_reason(name, device) for name in ("bfloat16", "float16")},
         "compile": _cxx_reason() if device == "cpu" else None,
+        **libraries.facts(device, _cxx_reason()),
     }
 
 
@@ -142,6 +160,7 @@ def _cuda_facts(device: torch.device) -> dict[str, JsonValue]:
         "sdpa_flash": None if modern else f"the flash kernel needs compute capability 8.0, {card} is older",
         "sdpa_cudnn": _cudnn_reason(card, modern),
         "compile": _triton_reason(card, capability >= (7, 0)),
+        **libraries.facts("cuda", _cxx_reason()),
     }
 
 

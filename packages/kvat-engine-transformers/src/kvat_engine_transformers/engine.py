@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.schema import Ceilings, Footprint, Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
-from kvat_engine_transformers import footprint, knobs, recipes, snippet
+from kvat_engine_transformers import footprint, knobs, placement, recipes, snippet
 
 if TYPE_CHECKING:
     from kvat_core.engine import EngineAdapter
@@ -20,16 +20,17 @@ class TransformersEngine(Engine):
 
     name = "transformers"
     own_models = ("builtin:llama", "builtin:mistral", "random:")
+    options = placement.OPTIONS
 
-    def probe(self, device: str | None) -> Probe:
+    def probe(self, device: str | None, options: Mapping[str, str]) -> Probe:
         from kvat_engine_transformers.devices import probe_device
 
-        return probe_device(device)
+        return probe_device(device, options)
 
-    def describe(self, model: ModelRef, device: str) -> ModelShape:
+    def describe(self, model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
         from kvat_engine_transformers.description import describe_model
 
-        return describe_model(model, device)
+        return describe_model(model, device, options)
 
     def space(self, shape: ModelShape, probe: Probe, request: SpaceRequest) -> Sequence[Knob]:
         return knobs.space(shape, probe, request.threads)

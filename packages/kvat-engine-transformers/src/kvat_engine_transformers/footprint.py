@@ -25,8 +25,13 @@ _VERIFIED = ("llama", "mistral", "qwen3")
 _MATERIALISED = ("eager", "sdpa_math")
 
 
-def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str) -> Footprint:
-    """What follows from settings; activations only where they are verified: on the CPU, uncompiled."""
+def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str) -> Footprint | None:
+    """What follows from settings; activations only where they are verified: on the CPU, uncompiled.
+
+    None where the model is spread over devices: which of them holds what decides, and the shape does not tell.
+    """
+    if shape.facts.get("devices", 1) != 1:
+        return None
     element_bytes = DTYPE_BYTES[settings["dtype"]]
     known = device == "cpu" and settings["compile"] == "off" and shape.architecture in _VERIFIED
     layer = _Layer.of(shape, element_bytes) if known else None

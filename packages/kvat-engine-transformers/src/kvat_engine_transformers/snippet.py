@@ -131,6 +131,7 @@ def render(plan: Plan) -> str:
         model=ModelRef(id=plan.model.id, revision=plan.model.revision),
         device=plan.machine.device,
         threads=plan.machine.threads,
+        options=plan.engine.options,
     )
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
     # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
@@ -213,11 +214,14 @@ def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     if model.revision is not None:
         options.append(f"revision={json.dumps(model.revision)}")
     options += ["local_files_only=True", "use_safetensors=True"]
+    device_map = cast("Mapping[str, JsonValue]", shown.load["extra"]).get("device_map")
+    if device_map is not None:
+        options.append(f"device_map={json.dumps(device_map)}")
     return [
         "    loaded = AutoModelForCausalLM.from_pretrained(",
         *(f"        {option}," for option in options),
         "    )",
-        f"    return loaded.to({device}).eval()",
+        "    return loaded.eval()" if device_map is not None else f"    return loaded.to({device}).eval()",
     ]
 
 

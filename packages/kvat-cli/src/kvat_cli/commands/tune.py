@@ -38,6 +38,9 @@ def tune(
     incumbent: Annotated[
         Pairs, typer.Option(metavar="KNOB=V", help="What runs today, where it is not the default; repeatable.")
     ] = None,
+    engine_option: Annotated[
+        Pairs, typer.Option(metavar="K=V", help="What only the engine understands; repeatable.")
+    ] = None,
     max_vram: MaxVram = None,
     max_ram: MaxRam = None,
     max_ttft: MaxTtft = None,
@@ -105,6 +108,7 @@ def tune(
         allow_download=allow_download,
         device=device,
         threads=threads,
+        engine_options=settings("--engine-option", engine_option, "NAME=VALUE, e.g. device_map=auto"),
         profile=profile,
         contexts=whole_numbers("--context", context, "2048,4096"),
         batches=whole_numbers("--batch", batch, "1,4,8"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from pydantic import JsonValue
 
 from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
@@ -25,6 +27,7 @@ class Breaker:
         announce: shows what is being done now.
         open_worker: starts a worker.
         deadlines: limits per phase.
+        options: of the engine, as the user gave them.
     """
 
     def __init__(
@@ -34,12 +37,14 @@ class Breaker:
         announce: Callable[[str], None],
         open_worker: OpenWorker,
         deadlines: Deadlines,
+        options: Mapping[str, str],
     ) -> None:
         self._run = run
         self._record = record
         self._announce = announce
         self._open_worker = open_worker
         self._deadlines = deadlines
+        self._options: dict[str, JsonValue] = dict(options)
         self._in_a_row = 0
 
     def after_launch(self) -> None:
@@ -79,7 +84,8 @@ class Breaker:
         try:
             with self._open_worker({}) as worker:
                 worker.call("start", {"engine": header.engine, "scratch": None}, "health", limits)
-                worker.call("probe", {"device": header.target.device}, "health", limits)
+                asked: dict[str, JsonValue] = {"device": header.target.device, "options": self._options}
+                worker.call("probe", asked, "health", limits)
         except WorkerFailed as failed:
             return f"{failed.failure.kind}: {anonymous(failed.failure.reason)}"
         except UsageError as error:

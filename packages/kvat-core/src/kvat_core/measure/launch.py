@@ -73,6 +73,8 @@ class Bench:
     process_device_bytes: Callable[[int | None], int | None]
     """Memory of a process on the device by its driver."""
     deadlines: Deadlines
+    options: Mapping[str, str]
+    """Of the engine, as the user gave them."""
     compiled: set[str] = field(default_factory=set)
     """Keys of the loads for which the compiler has cached something in `scratch`."""
 

@@ -59,9 +59,10 @@ class Worker:
                     self._adapter = self._engine.adapter(Path(arguments["scratch"]))
                 return Started(sees_tokens=self.beat().tokens is not None)
             case "probe":
-                return self.engine.probe(arguments["device"])
+                return self.engine.probe(arguments["device"], arguments["options"])
             case "describe":
-                return self.engine.describe(ModelRef.model_validate(arguments["model"]), arguments["device"])
+                model = ModelRef.model_validate(arguments["model"])
+                return self.engine.describe(model, arguments["device"], arguments["options"])
             case "ceilings":
                 return self.engine.ceilings(**arguments)
             case "load":

@@ -21,6 +21,7 @@ class Target(Record):
     model: ModelRef
     device: str
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null = the engine's default")
+    options: dict[str, str] = Field(default_factory=dict, description="--engine-option: for the engine alone")
 
 
 class ContextBound(Record):

@@ -229,6 +229,7 @@ class PlanEngine(Record):
 
     name: str
     versions: dict[str, str]
+    options: dict[str, str] = Field(default_factory=dict, description="--engine-option, without directories")
 
 
 class WinnerMetrics(Record):
