@@ -26,6 +26,7 @@ SCENARIO = Scenario(prompt_tokens=8, output_tokens=2)
         (RuntimeError("Invalid buffer size: 19.38 GiB"), "oom_device"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"), "oom_host"),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), "device_error"),
+        (RuntimeError("CppCompileError: C++ compile error"), "unsupported"),
     ],
     ids=lambda value: str(value)[:30],
 )

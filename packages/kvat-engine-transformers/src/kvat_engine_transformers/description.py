@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
+from kvat_engine_transformers import architecture
 from kvat_engine_transformers.devices import free_bytes, used_devices
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.models import SHAPES, Source, load_tokenizer, resolve
@@ -41,6 +42,8 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
         raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
     dtype = _dtype(model.id, config, source)
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
+    if refused := architecture.refusal(skeleton):
+        raise UsageError(f"{model.id} {refused}; choose a causal language model with a KV cache")
     weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
     _require_memory(model.id, weight_bytes, devices)
     return ModelShape(
@@ -63,7 +66,23 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
         has_tokenizer=load_tokenizer(source) is not None,
-        facts={"sdpa": without_sdpa, "devices": len(devices)},
+        facts={"sdpa": without_sdpa, "devices": len(devices), **architecture.limits(skeleton, device)},
+    )
+
+
+def describe_loaded(model: PreTrainedModel) -> ModelShape:
+    """What decides which settings a model that is loaded can be given; nothing of its weights, which are there."""
+    text = model.config.get_text_config(decoder=True)
+    without_sdpa = None if type(model)._supports_sdpa else f"Transformers has no SDPA for {model.config.model_type}"
+    return ModelShape(
+        architecture=str(model.config.model_type),
+        layers=text.num_hidden_layers,
+        attention=_attention_kinds(text),
+        kv_heads=_kv_heads(text),
+        head_dim=_head_dim(text),
+        attention_heads=_attention_heads(text),
+        dtype=str(model.dtype).removeprefix("torch."),
+        facts={"sdpa": without_sdpa, **architecture.limits(model, str(model.device))},
     )
 
 

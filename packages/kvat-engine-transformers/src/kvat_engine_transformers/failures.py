@@ -49,11 +49,15 @@ def from_text(text: str) -> EngineError | None:
     if "No viable backend for scaled_dot_product_attention" in text:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
     if "No available kernel" in text:
-        return EngineError("unsupported", "the forced attention kernel is not available on this device")
+        return EngineError("unsupported", "the forced attention kernel cannot serve this model on this device")
     if "ignore_mismatched_sizes" in text:
         return EngineError("error", "the weights do not have the shapes that config.json says; fetch both again")
     if "No working C++ compiler" in text:
         return EngineError("unsupported", "torch.compile found no working C++ compiler; install g++ or set CXX")
+    if "CppCompileError" in text:
+        return EngineError("unsupported", "torch.compile wrote code for this model that the C++ compiler refuses")
+    if "must have same slice shapes" in text:
+        return EngineError("unsupported", "Transformers made the cache for other heads than this model has")
     if "Cannot find a working triton" in text:
         return EngineError("unsupported", "torch.compile found no working triton; install it")
     return None

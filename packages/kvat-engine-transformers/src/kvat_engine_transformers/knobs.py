@@ -170,8 +170,9 @@ def _attention(shape: ModelShape, probe: Probe) -> Knob:
     unavailable = _unavailable_packages(probe) | (
         dict.fromkeys(("sdpa", *KERNELS), str(without_sdpa)) if without_sdpa else _unavailable_kernels(probe)
     )
-    if without_flex := _limit(shape, "flex_attention"):
-        unavailable["flex_attention"] = without_flex
+    for name in ("sdpa_flash", "flex_attention"):
+        if limit := _limit(shape, name):
+            unavailable.setdefault(name, limit)
     default = "eager" if without_sdpa else "sdpa"
 
     def value(name: str, simplicity: int, where: Space = "safe", compiles: bool = False) -> KnobValue:
