@@ -28,6 +28,7 @@ KERNELS = {
     "sdpa_mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static")
 WARM_UP_CALLS = 6
 """More than the first two, which compile."""
 
@@ -58,7 +59,7 @@ def load(directory: str, settings: dict[str, str]) -> Any:
     if "dtype" in settings:
         options["dtype"] = getattr(torch, settings["dtype"])
     if "attention" in settings:
-        options["attn_implementation"] = "eager" if settings["attention"] == "eager" else "sdpa"
+        options["attn_implementation"] = "sdpa" if settings["attention"] in KERNELS else settings["attention"]
     if any(Path(directory).glob("*.safetensors")):
         model = AutoModelForCausalLM.from_pretrained(directory, **options)
     else:
@@ -84,7 +85,7 @@ def timed(model: Any, prompt: torch.Tensor, output_tokens: int, count: int, sett
         with ExitStack() as contexts:
             if settings.get("grad_mode") == "inference_mode":
                 contexts.enter_context(torch.inference_mode())
-            if settings.get("attention", "sdpa") not in ("sdpa", "eager"):
+            if settings.get("attention") in KERNELS:
                 contexts.enter_context(sdpa_kernel(KERNELS[settings["attention"]]))
             synchronize()
             started = time.perf_counter()
@@ -99,12 +100,16 @@ def timed(model: Any, prompt: torch.Tensor, output_tokens: int, count: int, sett
 
 def cache_arguments(slots: int, settings: dict[str, str]) -> dict[str, Any]:
     """What `generate` is told of cache and compilation."""
-    if settings.get("cache", "dynamic") == "dynamic":
-        return {}
-    assert settings["cache"] == "static"
-    static = {"cache_implementation": "static", "max_cache_len": slots}
+    if settings.get("prefill_chunk", "off") != "off" or settings.get("cache") not in (None, *CACHES):
+        sys.exit(f"{Path(__file__).name} cannot set {settings}; exclude what it lacks from the search")
+    cache = settings.get("cache", "dynamic")
+    if "static" not in cache:
+        return {} if cache == "dynamic" else {"cache_implementation": cache}
+    static = {"cache_implementation": cache, "max_cache_len": slots}
     if settings["compile"] == "off":
         return {**static, "disable_compile": True}
+    if settings["compile"] == "auto":
+        return static
     config = CompileConfig(mode=settings["compile"])
     if settings.get("device", "cpu") == "cpu":
         config._compile_all_devices = True  # the only door to compilation on the CPU

@@ -5,14 +5,20 @@
 Each call is one stage: it does what fits into its minutes, and ends with exit code 3 while something is left. The same
 command goes on, from the journals in DIR. In order:
 
-1. the engine's tests that need a card: every value that is offered runs as its recipe says and answers right, and what
-   is excluded really cannot run;
-2. for each model and prompt length: `kvat tune`, resumed from stage to stage;
-3. and then the winner beside what Transformers does by itself, in fresh processes by `_plain_generate.py`, no kvat.
+1. the engine's tests that need a card: what is offered runs as its recipe says and answers right, what is excluded
+   really cannot run;
+2. each value of each knob, whatever the engine has: applied as set, and right, or the reason why it cannot run here;
+3. for each model and prompt length: `kvat tune`, resumed from stage to stage, its time and memory noted;
+4. and then the winner beside what Transformers does by itself, in fresh processes by `_plain_generate.py`, no kvat.
 
-Bounds, of each tuned model: the winner's decode rate measured afresh is in the plan's interval widened by its noise
-floor; on a card, the model of 8 billion parameters decodes at least 3 times as fast as by default with prompts of 2048
-tokens, and reads its weights and cache at 0.6 of the rate at which memory was copied.
+Bounds: every value that can run is applied, and what loses nothing forgets nothing. Of each tuned model: the winner's
+decode rate measured afresh is in the plan's interval widened by its noise floor; on a card, the model of 8 billion
+parameters decodes at least 3 times as fast as by default with prompts of 2048 tokens, and reads its weights and cache
+at 0.6 of the rate at which memory was copied.
+
+It runs without a card as well, where a small model shows that all stages work:
+
+    python benchmarks/gpu DIR --device cpu --models random:smollm2-135m --prompts 32 --output-tokens 8 --space safe
 """
 
 from __future__ import annotations
@@ -31,8 +37,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script beside it has it
 
+import knob_values
 from _record import NOT_MEASURED, Bound, Record, at_least_one, kvat_command, option_parser
 from claimed_ratio import PLAIN
+from stage import Stage
+from tune_cost import watched
 
 from kvat_core import Plan, read_plan, stats
 from kvat_core.journal import read_journal
@@ -76,17 +85,15 @@ class Cell:
         """Write down what was measured afresh."""
         self.folder.with_suffix(".pairs.json").write_text(json.dumps(pairs) + "\n")
 
-
-class Stage:
-    """The minutes of one call."""
-
-    def __init__(self, minutes: float) -> None:
-        self._end_s = time.monotonic() + 60 * minutes
-
     @property
-    def left_s(self) -> float:
-        """Seconds to its end."""
-        return self._end_s - time.monotonic()
+    def costs(self) -> list[dict[str, float]]:
+        """What `kvat tune` took in each stage so far."""
+        file = self.folder.with_suffix(".costs.json")
+        return list(json.loads(file.read_text())) if file.is_file() else []
+
+    def pay(self, cost: dict[str, float]) -> None:
+        """Write down what it took in one more stage."""
+        self.folder.with_suffix(".costs.json").write_text(json.dumps([*self.costs, cost]) + "\n")
 
 
 def main() -> int:
@@ -94,12 +101,14 @@ def main() -> int:
     stage, record = Stage(options.minutes), Record(options)
     options.directory.mkdir(parents=True, exist_ok=True)
     cells = [
-        Cell(model, tokens, options.directory / f"{model.removeprefix('random:')}-{tokens}")
+        Cell(model, tokens, options.directory / f"{Path(model.removeprefix('random:')).name}-{tokens}")
         for model in options.models
         for tokens in options.prompts
     ]
     if not tested(options, stage):
         return _left("the tests")
+    if not knob_values.checked(options.directory, options.device, stage):
+        return _left(f"the values of the knobs, of which each may take {knob_values.LONGEST_S:.0f} s")
     for cell in cells:
         if not tuned(cell, options, stage):
             return _left(f"kvat tune of {cell.folder.name}")
@@ -167,9 +176,10 @@ def tuned(cell: Cell, options: Namespace, stage: Stage) -> bool:
     wide = ["--space", options.space, *(word for one in options.exclude for word in ("--exclude", one))]
     limit = ["--budget", f"{stage.left_s:.0f}s", "--out", str(cell.folder)]
     resumed = ["--resume"] if (cell.folder / JOURNAL).is_file() else []
-    done = subprocess.run(kvat_command("tune", *asked, *wide, *limit, *resumed), check=False)
-    if done.returncode not in (0, LEFT):
-        print(f"kvat tune ended with exit code {done.returncode}", file=sys.stderr)
+    exit_code, cost = watched(kvat_command("tune", *asked, *wide, *limit, *resumed))
+    cell.pay(cost)
+    if exit_code not in (0, LEFT):
+        print(f"kvat tune ended with exit code {exit_code}", file=sys.stderr)
         raise SystemExit(NOT_MEASURED)
     return cell.plan is not None
 
@@ -219,15 +229,15 @@ def plain(cell: Cell, options: Namespace, settings: dict[str, str], stage: Stage
 def close(record: Record, cells: Sequence[Cell], options: Namespace) -> int:
     """The result of all stages."""
     tests = json.loads((options.directory / "tests.json").read_text())
-    rows = [row(cell) for cell in cells]
-    bounds = [Bound("exit code of the tests on this device", tests["exit_code"], "<=", 0)]
+    rows, values = [row(cell) for cell in cells], knob_values.found(options.directory)
+    bounds = [Bound("exit code of the tests on this device", tests["exit_code"], "<=", 0), *knob_values.bounds(values)]
     for one in rows:
         bounds += bounds_of(one, on_card=options.device.startswith("cuda"))
-    for line in table(rows):
+    for line in (*knob_values.table(values), "", *table(rows)):
         print(line)
     last = cells[-1].plan
     assert last is not None
-    return record.close(last.machine, bounds, {"tests": tests["summary"], "cells": rows})
+    return record.close(last.machine, bounds, {"tests": tests["summary"], "knob_values": values, "cells": rows})
 
 
 def row(cell: Cell) -> dict[str, Any]:
@@ -238,7 +248,7 @@ def row(cell: Cell) -> dict[str, Any]:
     winner, today = plan.candidate(plan.require_winner().id), plan.candidate(plan.incumbent.id)
     ceilings = header.ceilings
     return {
-        "model": cell.model,
+        "model": plan.model.id,
         "prompt_tokens": cell.prompt_tokens,
         "verdict": plan.verdict,
         "winner": winner.label,
@@ -249,6 +259,12 @@ def row(cell: Cell) -> dict[str, Any]:
         "tuned": figures(winner.scenarios[0], ceilings),
         "launches": len(launches_s),
         "launches_s": sum(launches_s),
+        "tune": {
+            "wall_s": sum(cost["wall_s"] for cost in cell.costs),
+            "peak_own_bytes": max(cost["peak_own_bytes"] for cost in cell.costs),
+            "peak_all_bytes": max(cost["peak_all_bytes"] for cost in cell.costs),
+            "peak_device_bytes": max((one.peak_device_bytes or 0 for one in plan.candidates), default=0) or None,
+        },
         "pairs": cell.pairs,
     }
 
@@ -305,7 +321,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"| {one['model'].removeprefix('random:')} | {one['prompt_tokens']} | {one['winner']} "
             f"| {1e3 * default['ttft_s']:.1f} → {1e3 * best['ttft_s']:.1f} ms "
             f"| {default['decode_tps']:.1f} → {best['decode_tps']:.1f} tok/s | {again} | {share} "
-            f"| {one['launches_s']:.0f} s in {one['launches']} launches |"
+            f"| {one['tune']['wall_s']:.0f} s, {one['launches']} launches, "
+            f"{one['tune']['peak_all_bytes'] / 2**30:.1f} GiB |"
         )
 
 
