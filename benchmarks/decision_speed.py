@@ -48,7 +48,7 @@ from kvat_core.schema import (
     Sample,
     digest,
 )
-from kvat_core.search import Allowance, Grid, Race, Rationed, Search
+from kvat_core.search import Allowance, Grid, Race, Rationed, Search, Vetted
 
 MAX_DECISION_S = 0.2
 MAX_PLAN_S = 2.0
@@ -84,7 +84,7 @@ def main() -> int:
             invented = Invented(machine, options.candidates)
             search = make(invented.load_keys, 0, allowance)
             begin(invented, search)
-            questions = ask(invented, Rationed(search, invented.load_keys, allowance), options.questions)
+            questions = ask(invented, Rationed(Vetted(search), invented.load_keys, allowance), options.questions)
             seconds = [one["next_s"] for one in questions]
             print(f"{name} {kind}: next launch in {median(seconds):.3f} s, at worst {max(seconds):.3f} s", flush=True)
             values[f"{name} {kind}"] = questions

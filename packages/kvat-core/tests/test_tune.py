@@ -228,7 +228,7 @@ def test_a_pinned_lossy_value_is_accepted(out: Path) -> None:
 
 def test_a_lossy_candidate_is_measured_and_cannot_win(out: Path) -> None:
     plan = tuned(out, model="fake-server:tiny", space="full").plan
-    lossy = [candidate for candidate in plan.candidates if candidate.fidelity["lossy"] and candidate.state == "ok"]
+    lossy = [candidate for candidate in plan.candidates if candidate.fidelity.lossy and candidate.state == "ok"]
     assert lossy
     assert all("may change the output" in (candidate.reason or "") for candidate in lossy)
     assert any("may change the output" in note for note in plan.notes)

@@ -18,7 +18,9 @@ Life of a worker: one `load_model`; then, for each candidate and scenario,
 then, for each of them that is to be timed, `prepare_cache(recipe)` again, `run_decode`
 for each warm-up and timed call, and `measure_resources`; at the end one `cleanup`. A
 worker that tries how long a context may be goes from `load_model` to one `prepare_cache`
-and then calls `run_prefill`, by a recipe for that length. All calls come from one
+and then calls `run_prefill`, by a recipe for that length. One that judges fidelity calls
+`token_ids`, `score` and `score_at_once` after its `prepare_cache`, and one that looks for
+what requests leave behind calls `answer`, several times. All calls come from one
 thread, one at a time, but for `tokens_seen`. Between two candidates nothing but
 `prepare_cache` is called, so it must undo everything the candidate before set.
 
@@ -37,7 +39,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
@@ -59,6 +61,10 @@ from kvat_core.schema import (
     Target,
     Timeline,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CONTRACT = 1
 """Version of this contract. An engine states the one it was written for."""
@@ -96,6 +102,21 @@ class Probe(Record):
     """Distribution name to version, of everything that may change the figures."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """Whatever `space` needs to know of the machine; opaque to core."""
+
+
+class ConfigFile(Record):
+    """What of a plan's winner fits a JSON file that the engine's library reads beside a model."""
+
+    name: str
+    """Of the file, without a directory."""
+    values: dict[str, JsonValue]
+    """Keys to set in it."""
+    replaces: tuple[str, ...] = ()
+    """Keys that decide the same things: what an older file says of them, and `values` does not, is taken out."""
+    lost: tuple[str, ...] = ()
+    """What the winner needs beside the file, one line each."""
+    left: tuple[str, ...] = ()
+    """What stays with each call, and why nothing is lost by that, one line each."""
 
 
 class SpaceRequest(Record):
@@ -154,12 +175,34 @@ class Engine(ABC):
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         """The one place where settings become actions: the adapter executes it, `snippet` prints it."""
 
+    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str] | None:
+        """Settings whose output these must have: the plainest way to compute the same in the same precision.
+
+        Of the plainest way itself, it is the one in full precision, which is its own reference. None = the adapter
+        cannot `score`, so nothing is judged, and what may lose output is not recommended.
+        """
+        return None
+
     @abstractmethod
     def snippet(self, plan: Plan) -> Mapping[str, str]:
         """File name to text; `snippet.py` runs as it is and prints the plan's metrics. The plan has a winner.
 
         A plan holds only the last part of a local model's path, so there `snippet.py` takes the path as its argument.
         """
+
+    def config_file(self, plan: Plan, folder: Path) -> ConfigFile | None:
+        """The winner as defaults that the engine's library takes from a model's directory; None = it reads none.
+
+        Called in the parent, and writes nothing: core merges the values into a file that may be there.
+
+        Args:
+            plan: it has a winner.
+            folder: the directory, whose other files tell what holds there anyway.
+
+        Raises:
+            UsageError: nothing of the winner fits such a file, or it has settings that this version does not know.
+        """
+        return None
 
     @abstractmethod
     def adapter(self, scratch: Path) -> EngineAdapter:
@@ -254,6 +297,53 @@ class EngineAdapter(ABC):
     @abstractmethod
     def applied(self, prompt: Prompt) -> Applied:
         """One untimed call with full read-back of what ran: cache, dtype, device, kernel, compilation."""
+
+    def token_ids(self, prompt: Prompt) -> NDArray[np.int64]:
+        """Ids of a batch of prompts of equal length, requests × tokens; they stay in the worker.
+
+        Raises:
+            EngineError: this engine cannot force tokens.
+        """
+        raise EngineError("unsupported", "this engine cannot force tokens")
+
+    def score(
+        self, ids: NDArray[np.int64], steps: int, forced: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Log-probabilities of the next token in each of some steps after a prompt, by the prepared recipe.
+
+        A prefill of the prompt, then one token per step through the same cache, kernel and compiled code as a timed
+        call: whatever is lossy about a cache shows only in what is read back from it.
+
+        Args:
+            ids: of the prompts, requests × tokens.
+            steps: tokens after each prompt.
+            forced: those tokens, requests × steps; None = what the candidate chooses itself.
+
+        Returns:
+            Log-probabilities, requests × steps × vocabulary, and the tokens, requests × steps.
+        """
+        raise EngineError("unsupported", "this engine cannot force tokens")
+
+    def score_at_once(self, ids: NDArray[np.int64], forced: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """The same as `score` of forced tokens, in one pass without a cache; None = this engine cannot.
+
+        What it differs by is the rounding of the model, against which candidates are held.
+        """
+        return None
+
+    def answer(self, prompt: Prompt, max_new_tokens: int, longest_tokens: int) -> str:
+        """Digest of what one request is answered, by the very code that `snippet` hands over.
+
+        Args:
+            prompt: a batch of prompts.
+            max_new_tokens: to generate, greedily.
+            longest_tokens: prompt and output of the longest request that this process is asked for; what is sized in
+                advance has that size for all.
+
+        Raises:
+            EngineError: this engine has no such code.
+        """
+        raise EngineError("unsupported", "this engine hands over no code that could be asked")
 
     @abstractmethod
     def measure_resources(self) -> Resources:

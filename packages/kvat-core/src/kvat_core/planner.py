@@ -10,7 +10,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from kvat_core import context, limits, metrics, scoring, stats, utilisation
+from kvat_core import context, fidelity, limits, metrics, scoring, stats, utilisation
 from kvat_core.decision import Decision, decide
 from kvat_core.drift import drift
 from kvat_core.errors import AllFailed, NotDecided, NothingFeasible
@@ -52,7 +52,6 @@ _NAMED = 3
 PARTIAL_NOTE = "the run was ended before it had measured all it meant to ({}); go on with --resume"
 PASSED_OVER = "one launch in screening, in which others looked better; its figures are of that launch"
 SCREENED_SO_FAR = "one launch in screening so far; its figures are of that launch"
-UNJUDGED_NOTE = "candidates that may change the output beyond rounding were measured, but none of them can win"
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         equivalents=chosen.equivalents,
         max_context=None if chosen.winner is None else context.known(run, chosen.winner),
         metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
+        canary=None if chosen.winner is None else fidelity.canary(run, chosen.winner),
         drift=drift(run),
         pareto=() if decision is None else _front(run, decision.winner, results),
         rules=() if decision is None else derive_rules(run, decision, results),
@@ -162,9 +162,8 @@ def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[Ca
     if winner is not None:
         notes += _compile_notes(run, winner)
         notes += _limit_notes(run, winner)
+        notes += fidelity.notes(run, winner)
     notes += utilisation.notes(candidates)
-    if any(entry.candidate.lossy and entry.exclusion is None for entry in run.candidates):
-        notes.append(UNJUDGED_NOTE)
     return tuple(notes)
 
 
@@ -338,7 +337,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         reason=_reason(run, candidate.id, original, decision.winner) if failed is None else None,
         failure=failed.failure if failed else None,
         aliases=tuple(run.aliases.get(candidate.id, ())),
-        fidelity={"lossy": candidate.lossy},
+        fidelity=fidelity.result(run, original or candidate.id),
         rejected_share=run.rejected_share(candidate.id),
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),

@@ -33,8 +33,8 @@ from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.deadlines import Limits as CallLimits
-from kvat_core.measure.launch import OpenWorker
 from kvat_core.measure.redaction import anonymous
+from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.outputs import is_path
 from kvat_core.planner import public_model_id
@@ -132,6 +132,8 @@ class Preparation:
     recipes: Mapping[Cell, Recipe]
     recipe_at: Callable[[Cell], Recipe]
     """For scenarios that are none of the profile's."""
+    references: Callable[[Cell], tuple[Recipe, Recipe]]
+    """Of a candidate that has a reference: the recipe of that, and of the one in full precision."""
     source: PromptSource
     """With its text, unlike the profile in the header."""
     device_uuid: str | None
@@ -240,7 +242,16 @@ def _look(
     def recipe_at(cell: Cell) -> Recipe:
         return engine.recipe(settings[cell.candidate], Scenario.of_key(cell.scenario), target)
 
-    return Preparation(asked.out, header, tuple(entries), recipes, recipe_at, asked.source, probe.device_uuid)
+    def references(cell: Cell) -> tuple[Recipe, Recipe]:
+        scenario, of = Scenario.of_key(cell.scenario), {entry.candidate.id: entry.reference for entry in entries}
+        own = of[cell.candidate]
+        assert own is not None, "only what has a reference is judged"
+        in_full = engine.reference(own, shape) or own
+        return engine.recipe(own, scenario, target), engine.recipe(in_full, scenario, target)
+
+    return Preparation(
+        asked.out, header, tuple(entries), recipes, recipe_at, references, asked.source, probe.device_uuid
+    )
 
 
 def _predicted(seen: Preparation, engine: Engine) -> Preparation:
@@ -524,7 +535,8 @@ def _candidates(
             known_by = digest([recipe.key for recipe in mine.values()])
             first = seen.setdefault(known_by, entry.candidate.label)
             same = None if first == entry.candidate.label else f"has the same recipe as {first}"
-            entry = entry.model_copy(update={"exclusion": same, "recipes": known_by})
+            reference = engine.reference(entry.candidate.settings, shape)
+            entry = entry.model_copy(update={"exclusion": same, "recipes": known_by, "reference": reference})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
         else:
             entry = entry.model_copy(update={"exclusion": anonymous(entry.exclusion)})

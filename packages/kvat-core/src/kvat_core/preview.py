@@ -11,12 +11,12 @@ from kvat_core.bounds import PEAKS, TIMED
 from kvat_core.errors import UsageError
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import Stop
-from kvat_core.measure.launch import OpenWorker
+from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import Client, WorkerProcess
 from kvat_core.preparation import Preparation, TuneRequest, foresee
 from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Header, Profile, Record, Scenario
-from kvat_core.search import Allowance, Rationed, find_search
+from kvat_core.search import Allowance, Rationed, Vetted, find_search
 
 NO_CEILINGS_NOTE = (
     "what this machine can do at most is not known yet, so nothing is bounded, and peaks lack what the first call of a "
@@ -154,7 +154,7 @@ def _launches(prepared: Preparation, request: TuneRequest) -> int:
     load_keys = {cell: recipe.load_key for cell, recipe in prepared.recipes.items()}
     allowance = Allowance(wall_s=request.budget_s, launches=request.max_launches)
     strategy = find_search(request.search)(load_keys, request.seed, allowance)
-    return Rationed(strategy, load_keys, allowance).remaining(run)
+    return Rationed(Vetted(strategy), load_keys, allowance).remaining(run)
 
 
 def _exclusions(entries: Sequence[CandidateEntry]) -> tuple[Exclusion, ...]:

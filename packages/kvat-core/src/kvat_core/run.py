@@ -11,15 +11,18 @@ from functools import cached_property
 
 from kvat_core import metrics
 from kvat_core.schema import (
+    Canary,
     CandidateEntry,
     Cell,
     ContextTrial,
     End,
     Event,
     Failed,
+    Fidelity,
     FirstCall,
     Header,
     Health,
+    Judged,
     LaunchEnd,
     LaunchOrder,
     Loaded,
@@ -36,7 +39,16 @@ from kvat_core.schema import (
 
 ATTEMPTS_PER_SAMPLE = 2
 """Timed calls that a launch makes at most, per sample wanted, before it goes on with those it has."""
-OF_THE_CANDIDATE = ("unsupported", "not_applied", "invalid_output", "oom_device", "oom_host", "unkillable")
+OF_THE_CANDIDATE = (
+    "unsupported",
+    "not_applied",
+    "wrong_output",
+    "invalid_output",
+    "leak",
+    "oom_device",
+    "oom_host",
+    "unkillable",
+)
 """Kinds of failure for which the machine is never to blame."""
 MEMORY_TRIALS = 2
 """Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
@@ -65,6 +77,11 @@ class Run:
         self.measured: list[Measured] = []
         self.context_trials: list[ContextTrial] = []
         """Without those for which a broken machine is to blame."""
+        self.fidelity: dict[str, Fidelity] = {}
+        """Of each candidate that was judged."""
+        self.judged: list[Judged] = []
+        self.canaries: dict[str, Canary] = {}
+        """By candidate."""
         self.ended: list[LaunchEnd] = []
         self.health: list[Health] = []
         self._excused: list[Failed] = []
@@ -158,6 +175,12 @@ class Run:
                 self.measured.append(event)
             case ContextTrial():
                 self.context_trials.append(event)
+            case Judged():
+                self.judged.append(event)
+                if event.fidelity is not None:
+                    self.fidelity[event.candidate] = event.fidelity
+            case Canary():
+                self.canaries[event.candidate] = event
             case LaunchEnd():
                 self.ended.append(event)
             case Health():
@@ -260,6 +283,11 @@ class Run:
     def memory_failures(self) -> list[Failed]:
         """Why peaks are unknown, without what a broken machine is to blame for; the times of these cells stand."""
         return [failed for failed in self.failed if self.is_about_memory(failed) and failed not in self._excused]
+
+    @property
+    def fidelity_tried(self) -> set[str]:
+        """Candidates that were judged, or could not be."""
+        return {one.candidate for one in self.judged}
 
     @cached_property
     def memory_launches(self) -> set[int]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from kvat_core import context, limits
+from kvat_core import context, fidelity, limits
 from kvat_core.metrics import Figures
 from kvat_core.run import Run
 from kvat_core.schema import Cell, Resources
@@ -54,14 +54,12 @@ def unfit_reason(run: Run, candidate_id: str) -> str | None:
         return "failed"
     if not complete_rounds(run, candidate_id):
         return "not measured in every scenario"
-    if entry.candidate.lossy:
-        return "may change the output beyond rounding, which this run does not judge; pin it with --set to accept that"
-    return None
+    return fidelity.objection(run, candidate_id)
 
 
 def may_win(run: Run, candidate_id: str) -> bool:
-    """Whether a candidate could be recommended if its figures were good."""
-    return candidate_id in run.live and not run.entry(candidate_id).candidate.lossy
+    """Whether a candidate could be recommended if its figures were good, and what is still to be judged as well."""
+    return candidate_id in run.live and fidelity.may_be_accepted(run, candidate_id)
 
 
 def complete_rounds(run: Run, candidate_id: str) -> list[int]:

@@ -140,6 +140,7 @@ def _candidate(by_name: Mapping[str, Knob], settings: Settings, incumbent: Setti
         settings=settings,
         # What the user runs already is accepted; only a further loss needs a judgement.
         lossy=any(value.lossy and settings[name] != incumbent[name] for name, value in values.items()),
+        exact=not any(value.lossy for value in values.values()),
         compiles=any(value.compiles for value in values.values()),
         complexity=sum(value.simplicity for value in values.values()),
     )

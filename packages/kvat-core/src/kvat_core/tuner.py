@@ -25,18 +25,20 @@ from kvat_core.errors import (
     UsageError,
 )
 from kvat_core.journal import Journal, continue_journal, create_journal, journal_sha256, read_journal
+from kvat_core.measure.bench import Bench
 from kvat_core.measure.breaker import Breaker
 from kvat_core.measure.conditions import SystemWatch, Watch
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import Stop
-from kvat_core.measure.launch import Bench, OpenWorker, carry_out
+from kvat_core.measure.launch import carry_out
+from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import Client, WorkerProcess
 from kvat_core.planner import make_plan
 from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
 from kvat_core.report import Report
 from kvat_core.run import Run
 from kvat_core.schema import End, Event, Header, JournalRef, Plan, Resumed, Stopped
-from kvat_core.search import Allowance, Rationed, find_search
+from kvat_core.search import Allowance, Rationed, Vetted, find_search
 from kvat_core.snippets import snippet
 
 __all__ = ["Progress", "TuneRequest", "TuneResult", "tune"]
@@ -143,6 +145,7 @@ def tune(
             run=run,
             recipes=prepared.recipes,
             recipe_at=prepared.recipe_at,
+            references=prepared.references,
             source=prepared.source,
             scratch=scratch,
             record=record,
@@ -168,7 +171,7 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
     run = bench.run
     load_keys = {cell: recipe.load_key for cell, recipe in bench.recipes.items()}
     strategy = find_search(run.header.search)(load_keys, run.header.seed, allowance)
-    search = Rationed(strategy, load_keys, allowance)
+    search = Rationed(Vetted(strategy), load_keys, allowance)
     stopped: KvatError
     breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines, bench.options)
     try:

@@ -8,8 +8,9 @@ from pydantic import JsonValue
 
 from kvat_core.errors import Paused, UsageError
 from kvat_core.measure.deadlines import Deadlines, Limits
-from kvat_core.measure.launch import OpenWorker, held
+from kvat_core.measure.launch import held
 from kvat_core.measure.redaction import anonymous
+from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import OF_THE_CANDIDATE, Run
 from kvat_core.schema import Event, Failure, Health

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
-from kvat_core.schema import FailureKind, PromptSource, Record
+from kvat_core.schema import FailureKind, Likeness, PromptSource, Record, Rounding
 
 MAX_BYTES = 8 * 2**20
 """A longer message is an error of its sender."""
@@ -21,7 +21,19 @@ _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
 
 Operation = Literal[
-    "start", "probe", "describe", "ceilings", "load", "prepare", "prove", "decode", "prefill", "resources", "cleanup"
+    "start",
+    "probe",
+    "describe",
+    "ceilings",
+    "load",
+    "prepare",
+    "prove",
+    "decode",
+    "prefill",
+    "score",
+    "answer",
+    "resources",
+    "cleanup",
 ]
 
 
@@ -60,6 +72,30 @@ class PromptSpec(Record):
     tokens: int
     batch: int
     nonce: int
+
+
+class ScoreTask(Record):
+    """What `score` is to predict, and what becomes of it."""
+
+    prompt: PromptSpec
+    text_steps: int = Field(description="tokens of the text that are forced after the prompt")
+    greedy_steps: int = Field(description="tokens of the reference's own choice")
+    against: str | None = Field(description="folder of a reference; null = there is none")
+    keep: str | None = Field(description="folder in which to keep it as a reference; null = it is a candidate")
+
+
+class Scored(Record):
+    """Answer to `score`."""
+
+    text: Likeness | None = Field(default=None, description="null = it was held against nothing")
+    greedy: Likeness | None = None
+    rounding: Rounding | None = None
+
+
+class Answered(Record):
+    """Answer to `answer`."""
+
+    digest: str
 
 
 _ANSWER: TypeAdapter[Reply | Beat] = TypeAdapter(Reply | Beat)

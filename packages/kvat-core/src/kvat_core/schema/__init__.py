@@ -3,6 +3,7 @@
 from kvat_core.schema._base import FORMAT, Record, digest
 from kvat_core.schema.events import (
     EVENT_TYPES,
+    Canary,
     CandidateEntry,
     Cell,
     ContextBound,
@@ -13,6 +14,7 @@ from kvat_core.schema.events import (
     FirstCall,
     Header,
     Health,
+    Judged,
     LaunchEnd,
     LaunchOrder,
     Loaded,
@@ -24,6 +26,7 @@ from kvat_core.schema.events import (
     Target,
 )
 from kvat_core.schema.fallback import Condition, Rule, Situation, needed_bytes
+from kvat_core.schema.fidelity import CanaryVerdict, Fidelity, FidelityVerdict, Likeness, Rounding
 from kvat_core.schema.machine import Gpu, Machine
 from kvat_core.schema.measurement import (
     Applied,
@@ -46,6 +49,7 @@ from kvat_core.schema.plan import (
     ContextMethod,
     Drift,
     Estimate,
+    FidelityResult,
     JournalRef,
     Kept,
     LimitName,
@@ -75,6 +79,8 @@ __all__ = [
     "SPACES",
     "Applied",
     "BoundedBy",
+    "Canary",
+    "CanaryVerdict",
     "Candidate",
     "CandidateEntry",
     "CandidateResult",
@@ -97,6 +103,9 @@ __all__ = [
     "Failed",
     "Failure",
     "FailureKind",
+    "Fidelity",
+    "FidelityResult",
+    "FidelityVerdict",
     "FirstCall",
     "Footprint",
     "Gpu",
@@ -104,11 +113,13 @@ __all__ = [
     "Header",
     "Health",
     "JournalRef",
+    "Judged",
     "Kept",
     "Knob",
     "KnobValue",
     "LaunchEnd",
     "LaunchOrder",
+    "Likeness",
     "Limit",
     "LimitName",
     "LimitResult",
@@ -135,6 +146,7 @@ __all__ = [
     "RequestTiming",
     "Resources",
     "Resumed",
+    "Rounding",
     "Rule",
     "Sample",
     "Scenario",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from kvat_core.schema._base import FORMAT, Record
+from kvat_core.schema.fidelity import CanaryVerdict, Fidelity
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Applied, Failure, Resources, Sample
 from kvat_core.schema.model import ModelRef, ModelShape
@@ -71,6 +72,9 @@ class CandidateEntry(Record):
     candidate: Candidate
     incumbent: bool = False
     exclusion: str | None = None
+    reference: dict[str, str] | None = Field(
+        default=None, description="settings whose output it must have; null = the engine cannot judge that"
+    )
     recipes: str | None = Field(
         default=None, description="digest of what is done for it in all scenarios; null if nothing can be"
     )
@@ -88,6 +92,11 @@ class CandidateEntry(Record):
         "prediction",
     )
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what others are held against, so that there is nothing to judge."""
+        return self.reference == self.candidate.settings
+
 
 class Cell(Record):
     """One candidate in one scenario."""
@@ -96,7 +105,7 @@ class Cell(Record):
     scenario: str
 
 
-Purpose = Literal["pilot", "screening", "timing", "run_off", "memory", "context"]
+Purpose = Literal["pilot", "screening", "timing", "run_off", "memory", "context", "fidelity", "canary"]
 
 
 class LaunchOrder(Record):
@@ -105,7 +114,8 @@ class LaunchOrder(Record):
     What a launch is for: `pilot`: the incumbent alone, for noise and drift; `screening`: every candidate once;
     `timing`: those that can still win, in interleaved blocks; `run_off`: the last ones, in blocks that had no part in
     choosing them; `memory`: one cell, for its peak; `context`: one candidate in a scenario of its own, to see whether
-    it runs.
+    it runs; `fidelity`: one candidate, beside its reference; `canary`: one candidate, to see whether a request leaves
+    anything behind for the next. The last two load the model several times, one after the other.
     """
 
     launch: int
@@ -172,6 +182,24 @@ class ContextTrial(Record):
     failure: Failure | None = Field(description="null = it ran")
 
 
+class Judged(Record):
+    """How near a candidate's predictions are to those of its reference."""
+
+    launch: int
+    candidate: str
+    fidelity: Fidelity | None = Field(description="null = it could not be told")
+    failure: Failure | None = Field(default=None, description="why not; it costs the candidate none of its figures")
+
+
+class Canary(Record):
+    """Whether a request is answered as in a fresh process after longer and shorter ones, by the code of the snippet."""
+
+    launch: int
+    candidate: str
+    verdict: CanaryVerdict
+    reason: str = Field(default="", description="of a verdict that is undetermined")
+
+
 class LaunchEnd(Record):
     """A launch is over, in whatever way."""
 
@@ -220,6 +248,8 @@ Event = (
     | Failed
     | Measured
     | ContextTrial
+    | Judged
+    | Canary
     | LaunchEnd
     | Health
     | Stopped
@@ -238,6 +268,8 @@ EVENT_TYPES: dict[str, type[Record]] = {
     "failed": Failed,
     "measured": Measured,
     "context_trial": ContextTrial,
+    "judged": Judged,
+    "canary": Canary,
     "launch_end": LaunchEnd,
     "health": Health,
     "stopped": Stopped,

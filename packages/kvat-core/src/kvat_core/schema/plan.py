@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from kvat_core.errors import NotDecided, NothingFeasible, UsageError
 from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.fallback import Rule, Situation, needed_bytes
+from kvat_core.schema.fidelity import CanaryVerdict, FidelityVerdict
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Failure
 from kvat_core.schema.workload import Profile
@@ -118,6 +119,23 @@ class NearMiss(Record):
     misses: tuple[LimitResult, ...] = Field(description="the limits that it fails, at least one")
 
 
+class FidelityResult(Record):
+    """Whether a candidate says what its reference says; figures are null where it was not judged."""
+
+    lossy: bool = Field(default=False, description="whether it may lose output that what runs today does not")
+    verdict: FidelityVerdict | None = Field(default=None, description="null = not judged")
+    kl_nats: float | None = Field(default=None, description="mean KL(reference ‖ candidate) on the same tokens")
+    top1_agreement: float | None = Field(default=None, description="share of tokens with the same first choice")
+    first_divergence: int | None = Field(
+        default=None, description="first token, from 0, of the reference's own choice that is another; null = none"
+    )
+    tokens: int | None = Field(default=None, description="that were forced, one after the other")
+    full_precision_kl_nats: float | None = Field(
+        default=None, description="of its reference against full precision; null where it is that, or unknown"
+    )
+    reason: str | None = Field(default=None, description="why it was not judged, or not against full precision")
+
+
 class CandidateResult(Record):
     """Everything known of one candidate."""
 
@@ -128,7 +146,7 @@ class CandidateResult(Record):
     reason: str | None = Field(default=None, description="why it is excluded, not reached, not eligible, or an alias")
     failure: Failure | None = None
     aliases: tuple[str, ...] = Field(default=(), description="candidates that turned out to run the very same thing")
-    fidelity: dict[str, JsonValue] = Field(default_factory=dict)
+    fidelity: FidelityResult = Field(default_factory=lambda: FidelityResult())
     rejected_share: float = Field(default=0.0, description="of its timed calls, rejected for a recorded cause")
     unstable: bool = Field(default=False, description="too many were rejected for its figures to be relied on")
     score: Ratio | None = Field(default=None, description="score ÷ incumbent's score")
@@ -288,6 +306,11 @@ class Plan(Record):
         default=None, description="of the winner; null: neither measured nor predicted"
     )
     metrics: WinnerMetrics | None = Field(description="null without a winner")
+    canary: CanaryVerdict | None = Field(
+        default=None,
+        description="of the winner: whether a request is answered alike whatever this process answered before; null = "
+        "nobody looked",
+    )
     drift: Drift | None = Field(default=None, description="null: what runs today had too few launches to tell")
     pareto: tuple[str, ...] = Field(
         default=(),

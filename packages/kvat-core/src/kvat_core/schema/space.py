@@ -46,7 +46,8 @@ class Candidate(Record):
     id: str
     label: str
     settings: dict[str, str]
-    lossy: bool = False
+    lossy: bool = Field(default=False, description="may lose output that what runs today does not")
+    exact: bool = Field(default=True, description="none of its values changes more than rounding")
     compiles: bool = False
     complexity: int = Field(default=0, ge=0, description="sum of its values' simplicity ranks; less is simpler")
 

@@ -99,6 +99,15 @@ class Limits(Record):
         description="decode rate, of a batch all requests together; that share of calls is at least as fast",
     )
     min_context_tokens: int | None = Field(default=None, gt=0, description="prompt and output together")
+    max_kl_nats: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="mean KL divergence from the reference, of what may change the output; null = 0.01",
+    )
+    allow_lossy: bool | None = Field(
+        default=None, description="whether whatever it loses a candidate may be recommended; null = no"
+    )
 
     def replaced_by(self, others: Limits) -> Limits:
         """These limits, with those that others set in their place."""

@@ -6,5 +6,6 @@ from kvat_core.search._grid import Grid
 from kvat_core.search._optuna import Optuna
 from kvat_core.search._race import Race
 from kvat_core.search._rationed import Rationed
+from kvat_core.search._vetted import Vetted
 
-__all__ = ["Allowance", "Grid", "Optuna", "Race", "Rationed", "Search", "find_search"]
+__all__ = ["Allowance", "Grid", "Optuna", "Race", "Rationed", "Search", "Vetted", "find_search"]

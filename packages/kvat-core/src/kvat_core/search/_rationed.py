@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from kvat_core import context
 from kvat_core.costs import Costs, spent_launches, spent_s
 from kvat_core.run import Run
-from kvat_core.schema import Cell, LaunchOrder
-from kvat_core.search._base import Allowance, Search, memory_order, peaks_of_a_plan
+from kvat_core.schema import Cell, LaunchEnd, LaunchOrder, Purpose
+from kvat_core.search._base import Allowance, memory_order, peaks_of_a_plan
+from kvat_core.search._vetted import LOADS, Vetted
 
 
 class Rationed:
@@ -20,7 +22,7 @@ class Rationed:
         allowance: what all launches may take.
     """
 
-    def __init__(self, search: Search, load_keys: Mapping[Cell, str], allowance: Allowance) -> None:
+    def __init__(self, search: Vetted, load_keys: Mapping[Cell, str], allowance: Allowance) -> None:
         self._search = search
         self._load_keys = load_keys
         self._allowance = allowance
@@ -32,6 +34,8 @@ class Rationed:
             return order
         if order.purpose == "context":
             return order if self._affords(run, 1, context.trial_s(run, order)) else None
+        if order.purpose in LOADS:
+            return order if self._affords(run, 1, self._vetting_s(run, order.purpose)) else None
         peaks = [] if order.purpose == "memory" else [[cell] for cell in peaks_of_a_plan(run)]
         if self._fit(run, [order.cells, *peaks]):
             return order
@@ -50,9 +54,22 @@ class Rationed:
     def _fit(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
         return self._affords(run, len(groups), Costs(run, self._load_keys).seconds(groups))
 
+    def _vetting_s(self, run: Run, purpose: Purpose) -> float:
+        """Seconds that a launch of this purpose will take: as those before it, or else by how often it loads the model."""
+        ended = [order.launch for order in run.ended_launches(purpose)]
+        if ended:
+            return fmean(end.wall_s for end in run.ended if end.launch in ended)
+        others = [end.wall_s / len(order.cells) for order, end in _ended(run)]
+        return LOADS[purpose] * fmean(others) if others else 0.0
+
     def _affords(self, run: Run, number: int, seconds: float) -> bool:
         """Whether so many launches, which take so long, are left."""
         launches, wall_s = self._allowance.launches, self._allowance.wall_s
         if launches is not None and spent_launches(run) + number > launches:
             return False
         return wall_s is None or spent_s(run) + seconds <= wall_s
+
+
+def _ended(run: Run) -> list[tuple[LaunchOrder, LaunchEnd]]:
+    orders = {order.launch: order for order in run.launches}
+    return [(orders[end.launch], end) for end in run.ended]

@@ -1,0 +1,72 @@
+"""Any search, with what it would recommend vetted: faithful to its reference, and no request left behind in the next."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kvat_core import fidelity
+from kvat_core.decision import decide
+from kvat_core.run import Run
+from kvat_core.schema import Cell, LaunchOrder, Purpose
+from kvat_core.search._base import MEMORY, Search
+
+FIDELITY, CANARY = MEMORY + 1, MEMORY + 2
+"""Rounds of launches that belong to no block."""
+LOADS: dict[Purpose, int] = {"fidelity": 3, "canary": 2}
+"""Times that such a launch loads the model: candidate, reference and full precision; a process alone, and one of several
+requests."""
+
+
+class Vetted:
+    """Asks a search for launches, and puts others between them that time nothing.
+
+    What may lose output is judged before it takes part in a first block, and whoever takes part in a run-off before
+    that. When the search has enough, the winner is judged, and a canary sent through it; who fails makes room for the
+    next best, of whom the search then may want to know more.
+    """
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def next(self, run: Run) -> LaunchOrder | None:
+        """The next launch, or None when enough is known."""
+        order = self._search.next(run)
+        if order is None:
+            return self._of_the_winner(run)
+        if order.purpose not in ("timing", "run_off"):
+            return order
+        for cell in order.cells:
+            claims_to_be_exact = not run.entry(cell.candidate).candidate.lossy
+            if _is_to_be_judged(run, cell.candidate) and not (claims_to_be_exact and order.purpose == "timing"):
+                return _judgement(run, cell.candidate)
+        return order
+
+    def remaining(self, run: Run) -> int:
+        """Launches still to come if nothing fails, for the display."""
+        # As a rule the winner is judged and gets its canary.
+        done = len(run.ended_launches("fidelity")) + len(run.ended_launches("canary"))
+        return self._search.remaining(run) + max(0, 2 - done)
+
+    def _of_the_winner(self, run: Run) -> LaunchOrder | None:
+        decision = decide(run)
+        if decision is None:
+            return None
+        winner = run.alias_of(decision.winner) or decision.winner
+        if _is_to_be_judged(run, winner):
+            return _judgement(run, winner)
+        if run.entry(winner).reference is not None and winner not in run.canaries:
+            return _order(run, CANARY, "canary", Cell(candidate=winner, scenario=fidelity.canary_scene(run).key))
+        return None
+
+
+def _is_to_be_judged(run: Run, candidate_id: str) -> bool:
+    pointless = run.header.shape.weights == "random" and fidelity.objection(run, candidate_id) is not None
+    return fidelity.can_be_judged(run, candidate_id) and candidate_id not in run.fidelity_tried and not pointless
+
+
+def _judgement(run: Run, candidate_id: str) -> LaunchOrder:
+    return _order(run, FIDELITY, "fidelity", Cell(candidate=candidate_id, scenario=fidelity.scene(run).key))
+
+
+def _order(run: Run, number: int, purpose: Literal["fidelity", "canary"], cell: Cell) -> LaunchOrder:
+    return LaunchOrder(launch=len(run.launches), round=number, purpose=purpose, cells=(cell,))
