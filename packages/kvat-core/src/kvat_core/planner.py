@@ -90,6 +90,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
             id=header.target.model.id,
             revision=header.shape.revision,
             weights=header.shape.weights,
+            quantization=header.shape.quantization,
             sha256=header.shape.sha256,
         ),
         machine=header.machine,

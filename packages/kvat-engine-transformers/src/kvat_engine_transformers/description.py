@@ -15,11 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
-from kvat_engine_transformers import architecture
+from kvat_engine_transformers import architecture, quantisation
 from kvat_engine_transformers.devices import free_bytes, used_devices
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.models import SHAPES, Source, load_tokenizer, resolve
-from kvat_engine_transformers.widths import mlp_size, parameter_counts
+from kvat_engine_transformers.widths import NO_COUNTS, mlp_size, parameter_counts
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -35,8 +35,13 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
         raise UsageError("device_map spreads a checkpoint, and random weights are made on one device; leave it out")
     devices = used_devices(device, options)
     config = _read_config(model.id, source)
+    packed = quantisation.kind(config)
     if source.kind != "random":
         _require_safetensors(model.id, source.path)
+    if packed is not None:
+        if source.kind == "random":
+            raise UsageError(f"{model.id} has the config of a quantised checkpoint; random weights are plain numbers")
+        quantisation.require_loadable(model.id, config, device, options)
     text = config.get_text_config(decoder=True)
     if not _known(text, "num_attention_heads"):
         raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
@@ -44,7 +49,9 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
     if refused := architecture.refusal(skeleton):
         raise UsageError(f"{model.id} {refused}; choose a causal language model with a KV cache")
-    weight_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
+    plain_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
+    # What a packed number takes is known of the files alone; some methods unpack them in memory.
+    weight_bytes = plain_bytes if packed is None else _file_bytes(source.path)
     _require_memory(model.id, weight_bytes, devices)
     return ModelShape(
         architecture=str(config.model_type),
@@ -59,8 +66,9 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
         sliding_window=_window(text),
         max_context_tokens=_longest_position(text),
         dtype=dtype,
-        weight_bytes=weight_bytes,
-        **parameter_counts(skeleton),
+        quantization=packed,
+        weight_bytes=weight_bytes if packed is None else None,
+        **(parameter_counts(skeleton) if packed is None else NO_COUNTS),
         weights="random" if source.kind == "random" else "checkpoint",
         revision=source.revision,
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != SHAPES),
@@ -114,8 +122,6 @@ def _require_text_generation(model_id: str, config: dict[str, Any]) -> None:
     if generating is None or (architectures and not set(architectures) & set(names)):
         what = architectures[0] if architectures else model_type
         raise UsageError(f"{model_id} is a {what}, which does not generate text; choose a causal language model")
-    if "quantization_config" in config:
-        raise UsageError(f"{model_id} is a quantised checkpoint; choose one in float32, bfloat16 or float16")
 
 
 def _require_safetensors(model_id: str, path: Path) -> None:
@@ -249,6 +255,10 @@ def _known(text: PreTrainedConfig, name: str) -> bool:
 def _differs_by_layer(text: PreTrainedConfig, name: str) -> bool:
     """Such a value cannot be read from the config as a whole: Transformers raises."""
     return name in (getattr(text, "per_layer_attributes", None) or ())
+
+
+def _file_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _digest(path: Path) -> str:

@@ -28,9 +28,10 @@ _MATERIALISED = ("eager", "sdpa_math")
 def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str) -> Footprint | None:
     """What follows from settings; activations only where they are verified: on the CPU, uncompiled.
 
-    None where the model is spread over devices: which of them holds what decides, and the shape does not tell.
+    None where the model is spread over devices, as the shape does not tell which holds what; and where its weights are
+    packed, as it does not tell how much of them is unpacked when.
     """
-    if shape.facts.get("devices", 1) != 1:
+    if shape.facts.get("devices", 1) != 1 or shape.quantization is not None:
         return None
     element_bytes = DTYPE_BYTES[settings["dtype"]]
     known = device == "cpu" and settings["compile"] == "off" and shape.architecture in _VERIFIED

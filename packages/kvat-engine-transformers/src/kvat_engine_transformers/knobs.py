@@ -157,10 +157,16 @@ def _dtype(shape: ModelShape, probe: Probe) -> Knob:
             space="safe" if safe else "full",
             lossy=not exact,
             simplicity=int(name != stored),
-            unavailable=_reason(probe, name),
+            unavailable=_packed_reason(shape, name) or _reason(probe, name),
         )
 
     return Knob(name="dtype", values=tuple(value(name) for name in DTYPES), default=stored)
+
+
+def _packed_reason(shape: ModelShape, dtype: str) -> str | None:
+    if shape.quantization is None or dtype == shape.dtype:
+        return None
+    return f"the checkpoint is quantised ({shape.quantization}) to be computed with in {shape.dtype}"
 
 
 def _attention(shape: ModelShape, probe: Probe) -> Knob:

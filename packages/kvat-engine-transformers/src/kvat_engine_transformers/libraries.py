@@ -19,7 +19,10 @@ from transformers.utils.import_utils import (
     is_optimum_quanto_available,
 )
 
-OPTIONAL = ("optimum-quanto", "hqq", "accelerate", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+OPTIONAL = (
+    *("optimum-quanto", "hqq", "accelerate", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers"),
+    *("bitsandbytes", "compressed-tensors", "gptqmodel", "torchao"),
+)
 """Distributions whose version may change the figures, where they are installed."""
 
 

@@ -20,6 +20,8 @@ from transformers import Cache, PreTrainedModel
 from kvat_core.engine import EngineError
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions, batching
+from kvat_engine_transformers.knobs import DTYPES
+from kvat_engine_transformers.quantisation import packed_by
 
 # Otherwise the profiler writes a line to stderr whenever it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -77,6 +79,8 @@ class Seen:
     grad_mode: str
     dtypes: tuple[str, ...]
     """Of the weights, the one that holds most bytes first."""
+    packed_by: str | None
+    """Method by which the weights are packed, where they are."""
     devices: tuple[str, ...]
     spread: tuple[str, ...] | None
     """Devices over which Transformers says to have spread the modules; None where they are all on one."""
@@ -174,6 +178,7 @@ def observe(
         kernels=_kernels(event.key for event in profiler.key_averages()),
         grad_mode=witness.grad_mode,
         dtypes=_by_bytes(model),
+        packed_by=packed_by(model),
         devices=_names(parameter.device for parameter in model.parameters()),
         spread=_spread(model),
         strays=_strays(model),
@@ -206,6 +211,7 @@ def _observe_batch(
         kernels=_kernels(event.key for event in profiler.key_averages()),
         grad_mode="no_grad",  # by a decorator of that thread, which no context reaches
         dtypes=_by_bytes(model),
+        packed_by=packed_by(model),
         devices=_names(parameter.device for parameter in model.parameters()),
         spread=_spread(model),
         strays=_strays(model),
@@ -327,6 +333,7 @@ def _values(seen: Seen) -> dict[str, Any]:
         "kernels": list(seen.kernels),
         "grad_mode": seen.grad_mode,
         "dtypes": list(seen.dtypes),
+        "packed_by": seen.packed_by,
         "devices": list(seen.devices),
         "threads": seen.threads,
         "compile": seen.compile,
@@ -377,9 +384,13 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
 
 
 def _wrong_weights(seen: Seen, recipe: Recipe) -> str | None:
-    """Transformers keeps a few sensitive weights in float32 whatever was asked for; anything else is wrong."""
+    """Transformers keeps a few sensitive weights in float32 whatever was asked for; anything else is wrong.
+
+    Beside weights that are packed, in integers or in 8 bits, those that are not have the dtype that is computed with.
+    """
     wanted = str(recipe.load["dtype"])
-    if seen.dtypes[0] == wanted and set(seen.dtypes) <= {wanted, "float32"}:
+    unpacked = [dtype for dtype in seen.dtypes if seen.packed_by is None or dtype in DTYPES]
+    if unpacked[:1] == [wanted] and set(unpacked) <= {wanted, "float32"}:
         return None
     return f"weights: the recipe says {wanted}, they are {' and '.join(seen.dtypes)}"
 

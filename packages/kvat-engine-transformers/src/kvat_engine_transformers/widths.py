@@ -13,11 +13,17 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class ParameterCounts(TypedDict):
     """Fields of `ModelShape` of the same names; None where the modules do not tell."""
 
-    parameters: int
+    parameters: int | None
     step_parameters: int | None
     experts: int | None
     experts_per_token: int | None
     expert_parameters: int | None
+
+
+NO_COUNTS = ParameterCounts(
+    parameters=None, step_parameters=None, experts=None, experts_per_token=None, expert_parameters=None
+)
+"""Of weights that are stored packed: their modules are not those that the architecture makes."""
 
 
 def mlp_size(model: PreTrainedModel) -> int | None:

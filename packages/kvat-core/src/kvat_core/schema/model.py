@@ -37,6 +37,9 @@ class ModelShape(Record):
     sliding_window: int | None = Field(default=None, description="tokens; null without windowed layers")
     max_context_tokens: int | None = Field(default=None, description="longest position, prompt and output together")
     dtype: str | None = Field(default=None, description="dtype the weights are stored in")
+    quantization: str | None = Field(
+        default=None, description="how the weights are stored packed, in the checkpoint's words; null for plain numbers"
+    )
     weight_bytes: int | None = None
     parameters: int | None = Field(default=None, description="all of them")
     step_parameters: int | None = Field(

@@ -239,6 +239,9 @@ class PlanModel(Record):
     id: str = Field(description="as named; of a local path only the last part")
     revision: str | None
     weights: Literal["checkpoint", "random"]
+    quantization: str | None = Field(
+        default=None, description="how the checkpoint stores its weights packed; null for plain numbers"
+    )
     sha256: str | None
 
 
