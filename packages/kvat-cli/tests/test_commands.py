@@ -10,6 +10,8 @@ import pytest
 
 from kvat_core import Profile, discovery, load_profile, noise, presets
 from kvat_core.discovery import EngineStatus
+from kvat_core.engine import ConfigFile
+from kvat_core.fake import FakeEngine
 from kvat_core.schema import EVENT_TYPES
 
 Run = Callable[..., Any]
@@ -38,6 +40,45 @@ def test_apply_says_why_it_cannot_write(kvat: Run, tuned: Path, tmp_path: Path) 
     refused = kvat("apply", "--plan", tuned / "best_plan.json", "--write", target)
     assert refused.code == 2
     assert refused.err.startswith(f"kvat: error: cannot write {target}: No such file or directory")
+
+
+def test_apply_has_no_defaults_of_an_engine_that_reads_none(kvat: Run, tuned: Path, tmp_path: Path) -> None:
+    refused = kvat("apply", "--plan", tuned / "best_plan.json", "--generation-config", tmp_path, "--partial")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "kvat: error: engine fake reads no file of defaults; apply its plan as code\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def with_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the engine read a file of defaults, in which not everything has a place."""
+    values = ConfigFile(name="defaults.json", values={"a": 1}, lost=("b=2, for loading", "c()"), left=("d stays",))
+    monkeypatch.setattr(FakeEngine, "config_file", lambda self, plan, folder: values)
+
+
+@pytest.mark.usefixtures("with_defaults")
+def test_apply_writes_no_defaults_that_are_not_the_whole_winner(kvat: Run, tuned: Path, tmp_path: Path) -> None:
+    refused = kvat("apply", "--plan", tuned / "best_plan.json", "--generation-config", tmp_path)
+    assert refused.code == 2
+    assert refused.out == "does not fit defaults.json: b=2, for loading\ndoes not fit defaults.json: c()\n"
+    assert refused.err.startswith("kvat: error: the winner does not fit defaults.json as a whole, nothing was written;")
+    assert refused.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("with_defaults")
+def test_apply_writes_a_part_if_told_so_and_still_lists_the_rest(kvat: Run, tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "defaults.json").write_text('{"a": 0, "mine": true}')
+    outcome = kvat("apply", "--plan", tuned / "best_plan.json", "--generation-config", tmp_path, "--partial")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines() == [
+        "does not fit defaults.json: b=2, for loading",
+        "does not fit defaults.json: c()",
+        "a was 0, is 1",
+        "d stays",
+        f"wrote {tmp_path / 'defaults.json'}",
+    ]
+    assert json.loads((tmp_path / "defaults.json").read_text()) == {"a": 1, "mine": True}
 
 
 def test_profiles_lists_every_preset(kvat: Run) -> None:

@@ -11,8 +11,28 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvat_core.schema import ModelRef, Recipe, Scenario, Target
+from kvat_core.machine import read_machine
+from kvat_core.schema import (
+    CandidateResult,
+    Choice,
+    Confidence,
+    Estimate,
+    JournalRef,
+    ModelRef,
+    Objective,
+    Plan,
+    PlanEngine,
+    PlanModel,
+    Profile,
+    Ratio,
+    Recipe,
+    Scenario,
+    ScenarioResult,
+    Target,
+    WinnerMetrics,
+)
 from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.devices import probe_device
 from kvat_engine_transformers.recipes import recipe
 
 DEFAULTS = {
@@ -97,3 +117,49 @@ def write_config(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., Plan]:
+    """A plan as if it had been measured here: the first candidate is the winner, and the others follow by score."""
+
+    def make(
+        candidates: Mapping[str, Mapping[str, str]], peaks: Mapping[str, int] | None = None, **changes: Any
+    ) -> Plan:
+        chosen = [Choice(id=name, label=name, settings={**DEFAULTS, **changed}) for name, changed in candidates.items()]
+        results = [_result(one, -place, (peaks or {}).get(one.id)) for place, one in enumerate(chosen)]
+        plan = Plan(
+            kvat="0",
+            created="2026-01-01T00:00:00Z",
+            engine=PlanEngine(name="transformers", versions=probe_device("cpu", {}).versions),
+            model=PlanModel(id="builtin:llama", revision=None, weights="checkpoint", sha256=None),
+            machine=read_machine("cpu", 1),
+            profile=Profile(name="mine", scenarios=(SCENARIO,), objective=Objective(ttft=1)),
+            incumbent=chosen[-1],
+            winner=chosen[0],
+            verdict="better",
+            ratio=None,
+            confidence=Confidence(level="low", probability=0.5, noise_floor=None, epsilon=0.01),
+            equivalents=(),
+            metrics=WinnerMetrics(error_rate=0, jitter=None),
+            candidates=tuple(results),
+            journal=JournalRef(file="journal.jsonl", sha256="0", samples=0),
+        )
+        return plan.model_copy(update=changes)
+
+    return make
+
+
+def _result(choice: Choice, score: float, peak_bytes: int | None) -> CandidateResult:
+    second = Estimate(median=1, low=1, high=1, n=1)
+    measured = ScenarioResult(
+        **SCENARIO.model_dump(exclude={"weight"}),
+        ttft_s=second,
+        tpot_s=second,
+        decode_tps=second,
+        e2e_s=second,
+        peak_host_bytes=peak_bytes,
+        ready_host_bytes=None if peak_bytes is None else 2**30,
+    )
+    ratio = Ratio(value=score, low=None, high=None, n=1)
+    return CandidateResult(**choice.model_dump(), state="ok", score=ratio, scenarios=(measured,))

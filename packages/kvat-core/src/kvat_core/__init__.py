@@ -23,12 +23,14 @@ from kvat_core.schema import (
 )
 
 if TYPE_CHECKING:
+    from kvat_core.config_files import ConfigChange, config_change
     from kvat_core.preview import DryRun, dry_run
     from kvat_core.replan import decide_again
     from kvat_core.snippets import snippet
     from kvat_core.tuner import Progress, TuneRequest, TuneResult, tune
 
 __all__ = [
+    "ConfigChange",
     "DryRun",
     "KvatError",
     "Limit",
@@ -42,6 +44,7 @@ __all__ = [
     "Situation",
     "TuneRequest",
     "TuneResult",
+    "config_change",
     "decide_again",
     "dry_run",
     "load_profile",
@@ -52,10 +55,12 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ConfigChange": "kvat_core.config_files",
     "DryRun": "kvat_core.preview",
     "Progress": "kvat_core.tuner",
     "TuneRequest": "kvat_core.tuner",
     "TuneResult": "kvat_core.tuner",
+    "config_change": "kvat_core.config_files",
     "decide_again": "kvat_core.replan",
     "dry_run": "kvat_core.preview",
     "snippet": "kvat_core.snippets",

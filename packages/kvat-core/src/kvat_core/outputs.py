@@ -100,7 +100,7 @@ def write_files(out: Path, files: Mapping[str, str]) -> tuple[Path, ...]:
 
 def _write(path: Path, text: str) -> Path:
     try:
-        _replace(path, text)
+        replace_file(path, text)
     except OSError as error:
         raise CannotWrite(
             f"{path} cannot be written ({error.strerror}); all that was measured is in {JOURNAL}: mend that, "
@@ -109,7 +109,12 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all, by way of a temporary one beside it.
+
+    Raises:
+        OSError: the system refuses; what was there before is unchanged.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -14,14 +14,32 @@ from kvat_engine_transformers.engine import TransformersEngine
 if TYPE_CHECKING:
     from kvat_engine_transformers.adapter import TransformersAdapter
     from kvat_engine_transformers.models import builtin_path, random_path
+    from kvat_engine_transformers.plan_warnings import FallbackWarning, PlanWarning
     from kvat_engine_transformers.random_model import build_random_model
+    from kvat_engine_transformers.runtime import PlannedModel, load_plan, patch_generate
 
-__all__ = ["TransformersAdapter", "TransformersEngine", "build_random_model", "builtin_path", "random_path"]
+__all__ = [
+    "FallbackWarning",
+    "PlanWarning",
+    "PlannedModel",
+    "TransformersAdapter",
+    "TransformersEngine",
+    "build_random_model",
+    "builtin_path",
+    "load_plan",
+    "patch_generate",
+    "random_path",
+]
 
 _HEAVY = {
+    "FallbackWarning": "kvat_engine_transformers.plan_warnings",
+    "PlanWarning": "kvat_engine_transformers.plan_warnings",
+    "PlannedModel": "kvat_engine_transformers.runtime",
     "TransformersAdapter": "kvat_engine_transformers.adapter",
     "build_random_model": "kvat_engine_transformers.random_model",
     "builtin_path": "kvat_engine_transformers.models",
+    "load_plan": "kvat_engine_transformers.runtime",
+    "patch_generate": "kvat_engine_transformers.runtime",
     "random_path": "kvat_engine_transformers.models",
 }
 

@@ -90,6 +90,7 @@ def describe_loaded(model: PreTrainedModel) -> ModelShape:
         head_dim=_head_dim(text),
         attention_heads=_attention_heads(text),
         dtype=str(model.dtype).removeprefix("torch."),
+        quantization=quantisation.kind(model.config),
         facts={"sdpa": without_sdpa, **architecture.limits(model, str(model.device))},
     )
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvat_core.engine import Engine, Probe, SpaceRequest
+from kvat_core.engine import ConfigFile, Engine, Probe, SpaceRequest
 from kvat_core.schema import Ceilings, Footprint, Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
-from kvat_engine_transformers import footprint, knobs, placement, recipes, snippet
+from kvat_engine_transformers import footprint, generation_config, knobs, placement, recipes, snippet
 
 if TYPE_CHECKING:
     from kvat_core.engine import EngineAdapter
@@ -41,6 +41,9 @@ class TransformersEngine(Engine):
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         return recipes.recipe(settings, scenario, target)
 
+    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
+        return knobs.reference(settings, shape)
+
     def footprint(
         self, settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str
     ) -> Footprint | None:
@@ -53,6 +56,9 @@ class TransformersEngine(Engine):
 
     def snippet(self, plan: Plan) -> Mapping[str, str]:
         return {"snippet.py": snippet.render(plan)}
+
+    def config_file(self, plan: Plan, folder: Path) -> ConfigFile:
+        return generation_config.config_file(plan, folder)
 
     def adapter(self, scratch: Path) -> EngineAdapter:
         # Else a compiler would find what earlier runs have left, and report a time that no first user sees.

@@ -1,0 +1,123 @@
+"""A recipe carried out for a caller who has wishes of their own, on a model that is loaded already."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvat_core.engine import EngineError
+from kvat_core.schema import Recipe
+from kvat_engine_transformers import actions, batching, leftovers
+from kvat_engine_transformers.failures import translated
+
+_OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
+"""Options of `generate` that a call by `generate_batch` takes, too."""
+
+
+def carry_out(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    generate: Callable[..., Any],
+    input_ids: torch.Tensor,
+    options: Mapping[str, Any],
+    leave: tuple[str, ...],
+) -> Any:
+    """One call by a recipe; what `model.generate` returns.
+
+    Args:
+        recipe: for this prompt length, batch size and number of tokens.
+        model: its attention, and the process's threads, are what they were afterwards.
+        generate: its own method.
+        input_ids: one row per prompt.
+        options: of the caller, which come before what was measured.
+        leave: arguments of the recipe that are the caller's business.
+
+    Raises:
+        EngineError: it failed in a known way, or cannot be done with this model or these options.
+    """
+    if not recipe.compiles:
+        # A compiled one keeps the longest length, since another one would be compiled anew.
+        leftovers.forget_length(model)
+    measured = {name: value for name, value in actions.arguments(recipe).items() if name not in leave}
+    with translated(), _switched(model, recipe), actions.entered(recipe):
+        if recipe.call == "generate_batch":
+            return _generate_batch(model, input_ids, measured, options)
+        if recipe.call != "generate":
+            raise EngineError("unsupported", f"this kvat-engine-transformers cannot call {recipe.call} for a plan")
+        return generate(input_ids=input_ids, **_merged(measured, options))
+
+
+def new_tokens(model: PreTrainedModel, prompt_tokens: int, options: Mapping[str, Any]) -> int:
+    """Tokens that a call of `generate` asks for, found in the order in which Transformers looks."""
+    asked = options.get("generation_config")
+    sources = (options, {} if asked is None else vars(asked), vars(model.generation_config))
+    counts = (source.get("max_new_tokens") for source in sources)
+    lengths = (source["max_length"] - prompt_tokens for source in sources if source.get("max_length") is not None)
+    default = model.generation_config._get_default_generation_params()["max_length"]
+    return int(next((count for count in counts if count is not None), next(lengths, default)))
+
+
+@contextmanager
+def _switched(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """The recipe's attention and threads, for as long as the block."""
+    attention, threads = model.config._attn_implementation, torch.get_num_threads()
+    try:
+        _attend_by(model, str(recipe.load["attn_backend"]))
+        torch.set_num_threads(actions.threads(recipe) or threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _attend_by(model, str(attention))
+
+
+def _attend_by(model: PreTrainedModel, attention: str) -> None:
+    if model.config._attn_implementation == attention:
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise EngineError("unsupported", f"this model cannot attend by {attention}") from error
+    if model.config._attn_implementation != attention:
+        raise EngineError("unsupported", f"the attention of a loaded {type(model).__name__} cannot be changed")
+
+
+def _merged(measured: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, beneath what the caller asks for by name or in a `generation_config`."""
+    if options.get("generation_config") is None:
+        return {**measured, **options}
+    config = copy.deepcopy(options["generation_config"])
+    for name, value in measured.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    return {**options, "generation_config": config}
+
+
+def _generate_batch(
+    model: PreTrainedModel, input_ids: torch.Tensor, measured: Mapping[str, Any], options: Mapping[str, Any]
+) -> torch.Tensor:
+    """Rows as `generate` returns them: the prompt as it was given, what follows it, padding up to the longest one."""
+    if strange := next((name for name in options if name not in _OF_A_BATCH), None):
+        raise EngineError("unsupported", f"generate_batch takes no {strange}")
+    asked = {name: value for name, value in options.items() if name != "attention_mask"}
+    if "eos_token_id" in asked and asked["eos_token_id"] is None:
+        asked["eos_token_id"] = batching.NO_END_OF_SEQUENCE
+    mask = options.get("attention_mask")
+    real = torch.ones_like(input_ids) if mask is None else mask
+    rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, real, strict=True)]
+    answers = [request.output_ids for request in batching.generate(model, rows, {**measured, **asked})]
+    longest, padding = max(map(len, answers)), _padding(model, options)
+    padded = [ids + [padding] * (longest - len(ids)) for ids in answers]
+    return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+def _padding(model: PreTrainedModel, options: Mapping[str, Any]) -> int:
+    """As `generate` pads: by the token for it, else by one that ends a sequence."""
+    own = model.generation_config
+    candidates = (options.get("pad_token_id"), own.pad_token_id, options.get("eos_token_id"), own.eos_token_id)
+    found = next((one for one in candidates if one is not None), 0)
+    return int(found[0] if isinstance(found, (list, tuple)) else found)

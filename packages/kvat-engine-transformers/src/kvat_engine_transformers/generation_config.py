@@ -1,0 +1,118 @@
+"""What of a plan's winner `from_pretrained` takes from a model's generation_config.json, and what it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import JsonValue
+
+from kvat_core.engine import ConfigFile, Probe
+from kvat_core.errors import UsageError
+from kvat_core.schema import ModelRef, ModelShape, Plan, Recipe, Target
+from kvat_engine_transformers import knobs
+from kvat_engine_transformers.recipes import recipe
+
+FILE = "generation_config.json"
+
+CARRIED = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
+"""Arguments of `generate` that `GenerationConfig` reads from the file and hands on."""
+
+DECODING = ("do_sample", "num_beams")
+"""What is generated is the caller's business; how, is the plan's."""
+_LENGTHS = ("max_new_tokens", "max_cache_len")
+_REPLACES = (*CARRIED, "max_cache_len", "compile_config")
+"""All that the file can say of cache and compilation. Transformers refuses a `compile_config` that is read from it."""
+
+_WHERE = {
+    "dtype": "from_pretrained",
+    "attn_implementation": "from_pretrained",
+    "device_map": "from_pretrained",
+    "threads": "torch.set_num_threads",
+}
+
+
+def config_file(plan: Plan, folder: Path) -> ConfigFile:
+    """The winner as a generation_config.json.
+
+    Raises:
+        UsageError: the winner has settings that this version does not know, or is run by another function.
+    """
+    settings = plan.require_winner().settings
+    knobs.require_known(settings)
+    # A chunk of the prompt that is longer than the prompt is none, and left out.
+    shape = max(plan.profile.scenarios, key=lambda scenario: scenario.prompt_tokens)
+    model = ModelRef(id=plan.model.id, revision=plan.model.revision)
+    wanted = recipe(settings, shape, Target(model=model, device=plan.machine.device, options=plan.engine.options))
+    if wanted.call != "generate":
+        raise UsageError(f"the winner runs by {wanted.call}, which takes no defaults from {FILE}; apply it as code")
+    plain = recipe(_plain_settings(folder, settings), shape, Target(model=model, device=plan.machine.device))
+    return ConfigFile(
+        name=FILE,
+        values={name: wanted.arguments[name] for name in CARRIED if name in wanted.arguments},
+        replaces=_REPLACES,
+        lost=tuple(_lost(wanted, plain)),
+        left=tuple(_left(wanted)),
+    )
+
+
+def _plain_settings(folder: Path, winner: Mapping[str, str]) -> dict[str, str]:
+    """What Transformers does by itself with a model of this directory, as far as the directory tells."""
+    any_model = ModelShape(architecture="any", layers=1, attention=("other",))
+    defaults = {knob.name: knob.default for knob in knobs.space(any_model, Probe(device="cpu", versions={}), None)}
+    stored = _stored_dtype(folder)
+    # Where nothing is known, another dtype than the winner's makes it one that has to be asked for.
+    unknown = next(name for name in knobs.DTYPES if name != winner["dtype"])
+    return {**defaults, "dtype": stored if stored in knobs.DTYPES else unknown}
+
+
+def _stored_dtype(folder: Path) -> str | None:
+    """Dtype in which `from_pretrained` loads a model if nobody says otherwise; None = config.json does not tell."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _lost(wanted: Recipe, plain: Recipe) -> Iterator[str]:
+    """What differs from what Transformers does by itself, and has no place in the file."""
+    for name, value in _loading(wanted).items():
+        if value is not None and value != _loading(plain).get(name):
+            yield f"{name}={value}, for {_WHERE.get(name, 'loading')}"
+    for name, text in wanted.environment.items():
+        if name not in plain.environment:
+            yield f"{name}={text}, an environment variable"
+    for name, value in wanted.setup.items():
+        yield f"{name}={_text(value)}, set after loading"
+    for call in wanted.context:
+        yield f"{call.name}({', '.join(str(one) for one in call.arguments)}), a context around generate"
+    for name, value in wanted.arguments.items():
+        if name not in (*CARRIED, *DECODING, *_LENGTHS):
+            yield f"{name}={_text(value)}, an argument of generate"
+
+
+def _loading(one: Recipe) -> dict[str, JsonValue]:
+    """Arguments of loading that decide how a model runs, by the names that Transformers has for them."""
+    extra = cast("Mapping[str, JsonValue]", one.load["extra"])
+    # Of the former two a file beside the model says nothing new; the third only tells launches apart.
+    beside = ("device", "revision", "compiled_for")
+    named = {"dtype": one.load["dtype"], "attn_implementation": one.load["attn_backend"], **extra}
+    return {name: value for name, value in named.items() if name not in beside}
+
+
+def _text(value: JsonValue) -> str:
+    return json.dumps(value)
+
+
+def _left(wanted: Recipe) -> Iterator[str]:
+    yield "max_new_tokens stays with each call"
+    yield f"{' and '.join(DECODING)} stay with the model and each call; measured was greedy decoding of one beam"
+    if "max_cache_len" in wanted.arguments:
+        yield (
+            "max_cache_len is left out: generate makes each static cache as long as its call needs, but never shorter "
+            "than the longest one of the process before"
+        )

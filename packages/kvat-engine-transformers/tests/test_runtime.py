@@ -1,0 +1,503 @@
+"""A plan at work: who runs a call, what is told, and what is left behind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+
+from kvat_core.errors import NothingFeasible, UsageError
+from kvat_core.schema import Plan, PlanEngine, Rule, needed_bytes
+from kvat_engine_transformers import (
+    FallbackWarning,
+    PlannedModel,
+    PlanWarning,
+    builtin_path,
+    headroom,
+    load_plan,
+    patch_generate,
+)
+
+README = Path(__file__).parents[1] / "README.md"
+GIB = 2**30
+PEAKS = {"dynamic": 3 * GIB, "static": 5 * GIB, "eager": 2 * GIB}
+IDS = torch.arange(5, 29).reshape(2, 12)
+MakePlan = Callable[..., Plan]
+
+CANDIDATES: dict[str, dict[str, str]] = {
+    "static": {"cache": "static", "grad_mode": "inference_mode"},
+    "dynamic": {},
+    "eager": {"attention": "eager"},
+}
+"""By score, the best first."""
+
+
+@pytest.fixture
+def make_plan(make_plan: MakePlan) -> MakePlan:
+    """These candidates and their peaks, unless a test has others."""
+
+    def make(candidates: Mapping[str, Mapping[str, str]] = CANDIDATES, **changes: Any) -> Plan:
+        return make_plan(candidates, **{"peaks": PEAKS, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(builtin_path("llama"), dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for everybody, whatever this machine has."""
+    free(monkeypatch, 100 * GIB)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(headroom, "available_memory_bytes", lambda: count)
+
+
+@dataclass
+class Spy:
+    """Notes how the forward pass was reached, and can make calls fail."""
+
+    model: PreTrainedModel
+    caches: list[str] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    inference: list[bool] = field(default_factory=list)
+    fails: Callable[[str, str], BaseException | None] = lambda cache, attention: None
+
+    def look(self, module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
+        cache, attention = options["past_key_values"], str(self.model.config._attn_implementation)
+        if (error := self.fails(type(cache).__name__, attention)) is not None:
+            raise error
+        if cache.get_seq_length() == 0:
+            self.caches.append(type(cache).__name__)
+            self.slots.append(getattr(cache.layers[0], "max_cache_len", 0) if cache.layers else 0)
+            self.attention.append(attention)
+            self.threads.append(torch.get_num_threads())
+            self.inference.append(torch.is_inference_mode_enabled())
+
+
+@pytest.fixture
+def spy(llama: PreTrainedModel) -> Iterator[Spy]:
+    seen = Spy(llama)
+    hook = llama.register_forward_pre_hook(seen.look, with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+def full() -> RuntimeError:
+    return RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
+# Who runs a call ----------------------------------------------------------------------------------
+
+
+def test_a_call_runs_by_the_winner_for_its_own_length(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    planned = load_plan(make_plan(), model=llama)
+    expected = llama.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False)
+    assert torch.equal(planned.generate(IDS, max_new_tokens=5), expected)
+    planned.generate(IDS[:, :6], 3)
+    assert spy.caches[1:] == ["StaticCache", "StaticCache"]
+    # Not that of the longest call before, as Transformers would have it.
+    assert spy.slots[1:] == [12 + 5, 6 + 3]
+    assert spy.inference[1:] == [True, True]
+
+
+def test_what_the_caller_asks_for_comes_first(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    output = load_plan(make_plan(), model=llama).generate(
+        IDS, 4, attention_mask=mask, do_sample=True, return_dict_in_generate=True, eos_token_id=None
+    )
+    assert output.sequences.shape == (2, 16)
+    assert isinstance(output.past_key_values, StaticCache)
+
+
+def test_so_does_what_the_caller_asks_for_in_a_generation_config(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
+) -> None:
+    planned, asked = load_plan(make_plan(), model=llama), GenerationConfig(cache_implementation="dynamic")
+    planned.generate(IDS, 3, generation_config=asked)
+    assert spy.caches == ["DynamicCache"]
+    assert spy.inference == [True]
+    assert asked.use_cache is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "requests"),
+    [
+        ({"prompt_longer_than": 11}, (2, 12), None),
+        ({"batch_above": 1}, (2, 12), None),
+        ({"requests_below": 5}, (2, 12), 4),
+    ],
+)
+def test_rules_are_followed_live(
+    llama: PreTrainedModel,
+    spy: Spy,
+    rule: dict[str, int],
+    shape: tuple[int, int],
+    requests: int | None,
+    make_plan: MakePlan,
+) -> None:
+    rules = (Rule.model_validate({"when": rule, "use": "dynamic", "because": "of a test"}),)
+    planned = load_plan(make_plan(rules=rules), model=llama, requests=requests)
+    planned.generate(IDS, 2)
+    assert spy.caches == ["DynamicCache"]
+    planned = load_plan(make_plan(rules=rules), model=llama)
+    planned.generate(IDS[:1, :8], 2)
+    assert spy.caches == ["DynamicCache", "StaticCache"]
+
+
+def test_attention_and_threads_are_switched_for_a_call_and_put_back(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
+) -> None:
+    before = torch.get_num_threads()
+    planned = load_plan(make_plan({"eager": {"attention": "eager", "threads": "3"}}), model=llama)
+    planned.generate(IDS, 2)
+    assert (spy.attention, spy.threads) == (["eager"], [3])
+    assert (llama.config._attn_implementation, torch.get_num_threads()) == ("sdpa", before)
+
+
+def test_another_dtype_is_no_choice_for_a_loaded_model(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    candidates = {"half": {"dtype": "bfloat16", "cache": "static"}, "eager": CANDIDATES["eager"]}
+    with pytest.warns(
+        FallbackWarning, match=r"^half cannot run here: dtype=bfloat16 \(the model is loaded in float32\)"
+    ):
+        planned = load_plan(make_plan(candidates), model=llama)
+    assert planned.choose(prompt_tokens=12).id == "eager"
+    planned.generate(IDS, 2)
+    assert spy.attention == ["eager"]
+
+
+def test_what_the_probe_says_cannot_run_is_no_choice(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    candidates = {"flash": {"attention": "flash_attention_2"}, "dynamic": CANDIDATES["dynamic"]}
+    with pytest.warns(FallbackWarning, match="flash cannot run here: attention=flash_attention_2"):
+        planned = load_plan(make_plan(candidates), model=llama)
+    assert planned.choose(prompt_tokens=12).id == "dynamic"
+
+
+def test_with_nobody_left_it_says_so(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    plan = make_plan({"half": {"dtype": "bfloat16"}})
+    with pytest.warns(FallbackWarning):
+        planned = load_plan(plan, model=llama)
+    with pytest.raises(NothingFeasible, match="tune again"):
+        planned.generate(IDS, 2)
+
+
+def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    planned = load_plan(make_plan({"paged": {"cache": "paged"}}), model=llama)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "eos_token_id": None, "max_new_tokens": 5}
+    expected = llama.generate(input_ids=IDS, do_sample=False, **options)
+    assert torch.equal(planned.generate(IDS, **options), expected)
+    with pytest.raises(Exception, match="generate_batch takes no num_beams"):
+        planned.generate(IDS, 5, num_beams=2)
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_takes_the_best_that_fits(
+    llama: PreTrainedModel, spy: Spy, monkeypatch: pytest.MonkeyPatch, make_plan: MakePlan
+) -> None:
+    planned = load_plan(make_plan(), model=llama)
+    own = min(headroom._own_bytes(), GIB)
+    free(monkeypatch, needed_bytes(PEAKS["dynamic"]) - own + 2**26)
+    with pytest.warns(FallbackWarning, match="^too little memory is free for static; dynamic is used$"):
+        planned.generate(IDS, 2)
+    assert spy.caches == ["DynamicCache"]
+
+
+def test_what_the_loaded_model_holds_counts_as_free(monkeypatch: pytest.MonkeyPatch, make_plan: MakePlan) -> None:
+    plan = make_plan()
+    free(monkeypatch, 2 * GIB)
+    monkeypatch.setattr(headroom, "_own_bytes", lambda: GIB // 2)
+    assert headroom.host_bytes(plan) == 2 * GIB + GIB // 2
+    # Beyond what the measured process held, it is something else that is in memory here.
+    monkeypatch.setattr(headroom, "_own_bytes", lambda: 50 * GIB)
+    assert headroom.host_bytes(plan) == 2 * GIB + GIB
+    assert headroom.host_bytes(make_plan({"unknown": {}})) is None
+
+
+def test_without_a_device_of_its_own_there_is_no_device_memory(llama: PreTrainedModel) -> None:
+    assert headroom.device_bytes(llama) is None
+
+
+# After an error -----------------------------------------------------------------------------------
+
+
+def test_out_of_memory_falls_back_to_who_needs_less(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    candidates = {**CANDIDATES, "dynamic": {"grad_mode": "inference_mode"}}
+    planned = load_plan(make_plan(candidates, peaks={**PEAKS, "dynamic": PEAKS["static"]}), model=llama)
+    spy.fails = lambda cache, attention: full() if cache == "StaticCache" else None
+    with pytest.warns(FallbackWarning) as told:
+        output = planned.generate(IDS, 3)
+    assert [str(one.message) for one in told] == ["static failed: the host ran out of memory; going on with eager"]
+    assert told[0].filename == __file__
+    assert spy.attention == ["eager"]
+    assert output.shape == (2, 15)
+
+
+def test_each_fallback_is_told_and_the_last_error_is_the_callers(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
+) -> None:
+    planned = load_plan(make_plan(), model=llama)
+    spy.fails = lambda cache, attention: full()
+    with pytest.warns(FallbackWarning) as told, pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        planned.generate(IDS, 3)
+    assert [str(one.message).rpartition(" ")[2] for one in told] == ["dynamic", "eager"]
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_rule_for_the_error_names_who_is_next(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    rule = {"when": {"error_kind": "oom_host"}, "use": "eager", "because": "of a test"}
+    planned = load_plan(make_plan(rules=(Rule.model_validate(rule),)), model=llama)
+    spy.fails = lambda cache, attention: full() if cache == "StaticCache" else None
+    with pytest.warns(FallbackWarning, match="going on with eager"):
+        planned.generate(IDS, 3)
+
+
+def test_a_kernel_that_cannot_serve_the_call_is_replaced(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    planned = load_plan(make_plan({"math": {"attention": "sdpa_math"}, "eager": CANDIDATES["eager"]}), model=llama)
+    error = RuntimeError("No available kernel. Aborting execution.")
+    spy.fails = lambda cache, attention: error if attention == "sdpa" else None
+    with pytest.warns(FallbackWarning, match="math failed: the forced attention kernel"):
+        planned.generate(IDS, 3)
+
+
+def test_other_errors_are_the_callers_at_once(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    planned = load_plan(make_plan(), model=llama)
+    spy.fails = lambda cache, attention: RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        planned.generate(IDS, 3)
+
+
+def test_with_a_streamer_nothing_is_tried_again(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    class Streamer:
+        def put(self, tokens: torch.Tensor) -> None: ...
+
+        def end(self) -> None: ...
+
+    planned = load_plan(make_plan(), model=llama)
+    spy.fails = lambda cache, attention: full()
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        planned.generate(IDS[:1], 3, streamer=Streamer())
+
+
+def test_what_a_failed_call_held_is_free_before_the_next_one(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
+) -> None:
+    import weakref
+
+    held: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def fails(cache: str, attention: str) -> BaseException | None:
+        alive.extend(reference() is not None for reference in held)
+        if cache != "StaticCache":
+            return None
+        # As a frame of a failed forward pass would hold it.
+        ballast = torch.empty(8)
+        held.append(weakref.ref(ballast))
+        try:
+            raise full()
+        except RuntimeError as error:
+            return error
+
+    spy.fails = fails
+    planned = load_plan(make_plan(), model=llama)
+    with pytest.warns(FallbackWarning):
+        planned.generate(IDS, 2)
+    assert held
+    assert not any(alive)
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+
+def test_a_plan_file_loads_its_model_as_it_was_measured(tmp_path: Path, make_plan: MakePlan) -> None:
+    path, before = tmp_path / "best_plan.json", torch.get_num_threads()
+    path.write_text(make_plan({"eager": {"attention": "eager", "dtype": "bfloat16"}}).model_dump_json())
+    planned = load_plan(path)
+    assert isinstance(planned, PlannedModel)
+    assert (planned.model.dtype, planned.model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert planned.generate(IDS, 3).shape == (2, 15)
+    assert torch.get_num_threads() == before
+
+
+def test_a_local_model_is_named_by_the_caller(tiny_directory: Path, make_plan: MakePlan) -> None:
+    plan = make_plan({"half": {"dtype": "bfloat16"}})
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "./tiny"})})
+    with pytest.raises(UsageError, match=r"keeps the last part only; say where it is with model=PATH"):
+        load_plan(plan)
+    assert load_plan(plan, model=tiny_directory).model.config.vocab_size == 64
+    random = plan.model.model_copy(update={"id": "random:./tiny", "weights": "random"})
+    assert load_plan(plan.model_copy(update={"model": random}), model=tiny_directory).model.config.vocab_size == 64
+
+
+@pytest.mark.parametrize("model", [42, torch.nn.Linear(1, 1)])
+def test_what_is_no_model_is_refused(model: Any, make_plan: MakePlan) -> None:
+    with pytest.raises(UsageError, match="is no Transformers model and no path"):
+        load_plan(make_plan(), model=model)
+
+
+def test_a_plan_of_another_engine_or_version_is_refused(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    with pytest.raises(UsageError, match="the plan is for the engine fake"):
+        load_plan(make_plan(engine=PlanEngine(name="fake", versions={})), model=llama)
+    with pytest.raises(UsageError, match="does not know cache=cloud"):
+        load_plan(make_plan({"cloud": {"cache": "cloud"}}), model=llama)
+
+
+def test_rows_are_needed(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    with pytest.raises(UsageError, match="input_ids have 1 dimensions; give one row per prompt"):
+        load_plan(make_plan(), model=llama).generate(IDS[0], 3)
+
+
+# What differs -------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_was_made_here_is_told_nothing_of(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plan(make_plan(), model=llama).generate(IDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("machine", {"device": "cuda:0", "fingerprint": "0"}, "device cpu instead of cuda:0"),
+        ("machine", {"cpu": "Abacus", "fingerprint": "0"}, "instead of Abacus"),
+        ("machine", {"fingerprint": "0"}, "fingerprint [0-9a-f]+ instead of 0"),
+        ("engine", {"versions": {"torch": "1.0"}}, r"torch 2\.\S+ instead of 1\.0"),
+    ],
+)
+def test_what_differs_from_the_plan_is_named(
+    llama: PreTrainedModel, part: str, changes: dict[str, Any], named: str, make_plan: MakePlan
+) -> None:
+    plan = make_plan()
+    changed = plan.model_copy(update={part: getattr(plan, part).model_copy(update=changes)})
+    with pytest.warns(PlanWarning, match=named) as told:
+        load_plan(changed, model=llama)
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert told[0].filename == __file__
+
+
+def test_other_weights_are_noticed(tiny_directory: Path, make_plan: MakePlan) -> None:
+    plan = make_plan({"half": {"dtype": "bfloat16"}})
+    other = plan.model.model_copy(update={"id": "./tiny", "sha256": "0"})
+    with pytest.warns(PlanWarning, match="weights with another digest"):
+        load_plan(plan.model_copy(update={"model": other}), model=tiny_directory)
+
+
+# In place of generate -----------------------------------------------------------------------------
+
+
+def test_inside_the_block_generate_follows_the_plan(
+    llama: PreTrainedModel, spy: Spy, tmp_path: Path, make_plan: MakePlan
+) -> None:
+    path = tmp_path / "best_plan.json"
+    path.write_text(make_plan().model_dump_json())
+    with patch_generate(llama, path):
+        llama.generate(IDS, max_new_tokens=3)
+        llama.generate(inputs=IDS, max_new_tokens=3)
+        llama.generate(input_ids=IDS, generation_config=GenerationConfig(max_new_tokens=4))
+        llama.generate(IDS, None, max_length=20)
+    llama.generate(IDS, max_new_tokens=3)
+    assert spy.caches == ["StaticCache"] * 4 + ["DynamicCache"]
+    assert spy.slots[:4] == [15, 15, 16, 20]
+
+
+def test_what_is_generated_stays_the_callers_business(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    habits, llama.generation_config = llama.generation_config, GenerationConfig(do_sample=True, top_k=50)
+    try:
+        torch.manual_seed(0)
+        expected = llama.generate(IDS, max_new_tokens=8)
+        with patch_generate(llama, make_plan()):
+            torch.manual_seed(0)
+            assert torch.equal(llama.generate(IDS, max_new_tokens=8), expected)
+            two_beams = GenerationConfig(num_beams=2, do_sample=False, max_new_tokens=3, num_return_sequences=2)
+            assert llama.generate(IDS, generation_config=two_beams).shape[0] == 4
+    finally:
+        llama.generation_config = habits
+
+
+def test_calls_that_no_plan_can_serve_pass_unchanged(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    cache = DynamicCache()
+    embeddings = llama.get_input_embeddings()(IDS)
+    with patch_generate(llama, make_plan()):
+        with pytest.warns(PlanWarning, match="brings a cache of its own"):
+            llama.generate(IDS, past_key_values=cache, max_new_tokens=2)
+        with pytest.warns(PlanWarning, match="has no input_ids"):
+            assert llama.generate(inputs_embeds=embeddings, max_new_tokens=2).shape == (2, 2)
+    assert cache.get_seq_length() == 13
+
+
+def test_afterwards_generate_is_what_it_was_even_after_an_error(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    before = llama.generate
+    with patch_generate(llama, make_plan()):
+        assert llama.generate != before
+    with pytest.raises(ZeroDivisionError), patch_generate(llama, make_plan()):
+        raise ZeroDivisionError
+    assert llama.generate == before
+    assert "generate" not in vars(llama)
+
+
+def test_blocks_nest_and_the_innermost_counts(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    eager = make_plan({"eager": CANDIDATES["eager"]})
+    with patch_generate(llama, make_plan()):
+        with patch_generate(llama, eager):
+            llama.generate(IDS, max_new_tokens=2)
+        llama.generate(IDS, max_new_tokens=2)
+    llama.generate(IDS, max_new_tokens=2)
+    assert list(zip(spy.caches, spy.attention, strict=True)) == [
+        ("DynamicCache", "eager"),
+        ("StaticCache", "sdpa"),
+        ("DynamicCache", "sdpa"),
+    ]
+
+
+def test_somebody_elses_patch_is_kept(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    calls = []
+    own = type(llama).generate
+
+    def theirs(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return own(llama, *arguments, **options)
+
+    llama.generate = theirs
+    try:
+        with patch_generate(llama, make_plan()):
+            llama.generate(input_ids=IDS, max_new_tokens=2)
+        assert llama.generate is theirs
+        assert calls[0]["cache_implementation"] == "static"
+    finally:
+        del llama.generate
+
+
+# As printed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_code_in_the_readme_runs(make_plan: MakePlan, tmp_path: Path, place: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "best_plan.json").write_text(make_plan().model_dump_json())
+    command = [sys.executable, "-W", "error::UserWarning", "-c", blocks[place]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
