@@ -27,17 +27,11 @@ from kvat_core.machine import read_machine
 from kvat_core.prompts import resolve
 from kvat_core.schema import ModelRef, PromptSource, Ratio, Recipe, Target
 from kvat_engine_transformers import TransformersEngine
+from kvat_engine_transformers.knobs import PLAIN
 
 SCENARIO = Scenario(prompt_tokens=128, output_tokens=64)
 TARGET = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=1)
-SETTINGS = {
-    "dtype": "float32",
-    "attention": "sdpa",
-    "cache": "dynamic",
-    "compile": "off",
-    "grad_mode": "no_grad",
-    "threads": "1",
-}
+SETTINGS = {**PLAIN, "dtype": "float32", "threads": "1"}
 EQUAL_COUNTS = (
     "only prompts after which the plain call generates all its tokens without meeting the end-of-sequence token, "
     "which it tests for as any user's call does; nothing is added to the plain call to make counts equal"

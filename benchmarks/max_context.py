@@ -34,6 +34,7 @@ from kvat_core.measure.messages import Operation, PromptSpec
 from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
 from kvat_core.schema import MaxContext, ModelRef, PromptSource, Recipe, Target
 from kvat_engine_transformers import TransformersEngine
+from kvat_engine_transformers.knobs import PLAIN
 
 CACHES = ("dynamic", "static")
 MAX_DIFFERENCE = 0.02
@@ -99,7 +100,7 @@ def main() -> int:
 
 
 def settings(cache: str) -> dict[str, str]:
-    return {"dtype": "float32", "attention": "sdpa", "cache": cache, "compile": "off", "grad_mode": "no_grad"}
+    return {**PLAIN, "dtype": "float32", "cache": cache}
 
 
 def recipe_for(model: ModelRef, cache: str, scenario: Scenario) -> Recipe:

@@ -43,6 +43,7 @@ from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Resources, Target
 from kvat_engine_transformers import TransformersEngine
+from kvat_engine_transformers.knobs import PLAIN
 
 MIB = 2**20
 MAX_DIFFERENCE = 0.05
@@ -142,7 +143,7 @@ def named(shape: tuple[int, int, int]) -> dict[str, int]:
 
 def recipe_of(model: str, cache: str, dtype: str, scenario: Scenario) -> Recipe:
     """What kvat does, in one thread."""
-    settings = {"dtype": dtype, "attention": "sdpa", "cache": cache, "compile": "off", "grad_mode": "no_grad"}
+    settings = {**PLAIN, "dtype": dtype, "cache": cache}
     target = Target(model=ModelRef(id=model), device="cpu", threads=1)
     return TransformersEngine().recipe({**settings, "threads": "1"}, scenario, target)
 
@@ -298,7 +299,7 @@ def report(recipe: Recipe, scenario: Scenario) -> dict[str, int]:
 
 def watch(model: str, cache: str, environment: Mapping[str, str], scenario: Scenario) -> dict[str, int]:
     """What somebody outside sees of a process that makes the same calls without kvat."""
-    command = [sys.executable, "-c", PLAIN, json.dumps(plain_job(model, cache, scenario))]
+    command = [sys.executable, "-c", PLAIN_SCRIPT, json.dumps(plain_job(model, cache, scenario))]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment}, text=True
     ) as process:
@@ -345,7 +346,7 @@ def status_bytes(pid: int, field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-PLAIN = """
+PLAIN_SCRIPT = """
 import json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -29,6 +29,7 @@ from kvat_core.machine import read_machine
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import Ceilings, ModelRef, ModelShape, Target
 from kvat_engine_transformers import TransformersEngine
+from kvat_engine_transformers.knobs import PLAIN
 
 MAX_DIFFERENCE = 0.10
 MAX_DIFFERENCE_BYTES = 16 * MIB
@@ -108,7 +109,7 @@ def case(name: str, cache: str, context: int, first_call_bytes: int) -> dict[str
     """Prediction and measurement of one shape with one cache at one length."""
     engine = TransformersEngine()
     scenario = Scenario(prompt_tokens=context - OUTPUT_TOKENS, output_tokens=OUTPUT_TOKENS)
-    settings = {"dtype": "float32", "attention": "sdpa", "cache": cache, "compile": "off", "grad_mode": "no_grad"}
+    settings = {**PLAIN, "dtype": "float32", "cache": cache}
     settings["threads"] = str(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **SHAPES[name]}))

@@ -32,10 +32,11 @@ from kvat_core import Scenario, stats
 from kvat_core.machine import read_machine
 from kvat_core.schema import ModelRef, Ratio, Recipe, Target
 from kvat_engine_transformers import TransformersEngine, builtin_path
+from kvat_engine_transformers.knobs import PLAIN
 
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=64)
 TARGET = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=1)
-SETTINGS = {"dtype": "float32", "attention": "sdpa", "compile": "off", "grad_mode": "no_grad", "threads": "1"}
+SETTINGS = {**PLAIN, "dtype": "float32", "threads": "1"}
 CACHES = ("dynamic", "static")
 METRICS = ("ttft", "decode")
 WARM_UP_BLOCKS = 3

@@ -33,20 +33,10 @@ from kvat_core.schema import (
 )
 from kvat_engine_transformers import TransformersAdapter
 from kvat_engine_transformers.devices import probe_device
+from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.recipes import recipe
 
-DEFAULTS = {
-    "threads": "1",
-    "dtype": "float32",
-    "attention": "sdpa",
-    "cache": "dynamic",
-    "residual_length": "128",
-    "group_size": "64",
-    "block_sharing": "off",
-    "prefill_chunk": "off",
-    "compile": "off",
-    "grad_mode": "no_grad",
-}
+DEFAULTS = {**PLAIN, "threads": "1", "dtype": "float32"}
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 
 

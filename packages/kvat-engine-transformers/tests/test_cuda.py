@@ -15,7 +15,7 @@ from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenari
 from kvat_engine_transformers import TransformersAdapter, TransformersEngine
 from kvat_engine_transformers.description import describe_model
 from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.knobs import KERNELS
+from kvat_engine_transformers.knobs import KERNELS, PLAIN
 from kvat_engine_transformers.recall import build_example, recall
 from kvat_engine_transformers.recipes import recipe
 
@@ -28,8 +28,7 @@ MODEL = ModelRef(id="builtin:llama")
 TARGET = Target(model=MODEL, device="cuda:0")
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")
-DEFAULTS = {"dtype": "bfloat16", "attention": "sdpa", "cache": "dynamic", "compile": "off"}
-OTHERS = {"grad_mode": "no_grad", "threads": "own"}
+DEFAULTS = {**PLAIN, "dtype": "bfloat16", "threads": "own"}
 EXAMPLES = 4
 
 
@@ -66,7 +65,7 @@ def prompt(adapter: TransformersAdapter) -> torch.Tensor:
 def test_what_is_offered_is_applied_and_what_is_excluded_cannot_run(
     attention: str, cache_kind: str, dtype: str
 ) -> None:
-    settings = {**DEFAULTS, **OTHERS, "attention": attention, "cache": cache_kind, "dtype": dtype}
+    settings = {**DEFAULTS, "attention": attention, "cache": cache_kind, "dtype": dtype}
     reason = exclusion(settings)
     adapter, _ = prepared(settings)
     if reason is not None:
@@ -82,7 +81,7 @@ def test_what_is_offered_is_applied_and_what_is_excluded_cannot_run(
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_candidate_compiles_before_the_clock_runs(mode: str) -> None:
-    adapter, made = prepared({**DEFAULTS, **OTHERS, "cache": "static", "compile": mode})
+    adapter, made = prepared({**DEFAULTS, "cache": "static", "compile": mode})
     applied = adapter.applied(prompt(adapter))
     assert applied.mismatches == (), applied.values
     for _ in range(made.warmup):
@@ -94,7 +93,7 @@ def test_a_compiled_candidate_compiles_before_the_clock_runs(mode: str) -> None:
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", *KERNELS])
 def test_no_candidate_forgets(attention: str, cache_kind: str, compiled: str) -> None:
-    settings = {**DEFAULTS, **OTHERS, "attention": attention, "cache": cache_kind, "compile": compiled}
+    settings = {**DEFAULTS, "attention": attention, "cache": cache_kind, "compile": compiled}
     if exclusion(settings) is not None or (compiled != "off" and (cache_kind, attention) != ("static", "sdpa")):
         pytest.skip("not offered, or compiled with another kernel")
     examples = [build_example(Random(seed), length=1024, pairs=24, answers=8) for seed in range(EXAMPLES)]
@@ -108,7 +107,7 @@ def test_no_candidate_forgets(attention: str, cache_kind: str, compiled: str) ->
 
 
 def test_memory_of_the_card_is_told() -> None:
-    adapter, _ = prepared({**DEFAULTS, **OTHERS})
+    adapter, _ = prepared({**DEFAULTS})
     adapter.run_decode(prompt(adapter), SCENARIO.output_tokens)
     seen = adapter.measure_resources()
     assert seen.device_allocated_bytes is not None

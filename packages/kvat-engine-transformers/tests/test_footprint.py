@@ -20,17 +20,11 @@ from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Resources, Scenario, Target
 from kvat_engine_transformers import TransformersEngine
 from kvat_engine_transformers.description import describe_model
+from kvat_engine_transformers.knobs import PLAIN
 
 MIB = 2**20
 ENGINE = TransformersEngine()
-SETTINGS = {
-    "dtype": "float32",
-    "attention": "sdpa",
-    "cache": "dynamic",
-    "compile": "off",
-    "grad_mode": "no_grad",
-    "threads": "1",
-}
+SETTINGS = {**PLAIN, "dtype": "float32", "threads": "1"}
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

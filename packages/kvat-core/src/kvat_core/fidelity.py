@@ -146,7 +146,8 @@ def result(run: Run, candidate_id: str) -> FidelityResult:
     candidate, seen = run.entry(candidate_id).candidate, run.fidelity.get(candidate_id)
     told = FidelityResult(lossy=candidate.lossy, verdict=verdict(run, candidate_id))
     if seen is None:
-        return told.model_copy(update={"reason": _why_not_judged(run, candidate_id)})
+        tried = candidate_id in run.fidelity_tried
+        return told.model_copy(update={"reason": _why_not_judged(run, candidate_id) if tried else None})
     return told.model_copy(
         update={
             "kl_nats": seen.text.kl_nats,

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import time
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import actions, batching, memory, proof
+from kvat_engine_transformers import actions, batching, forcing, handover, leftovers, memory, proof
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
 from kvat_engine_transformers.prompts import prompt_ids, text_ids
 from kvat_engine_transformers.random_model import build_random_model
+from kvat_engine_transformers.recipes import STEP_TOKENS
 
 PROOF_TOKENS = 3
 """Enough for a prefill and two decode steps; a static cache has the scenario's slots all the same."""
@@ -85,13 +90,9 @@ class TransformersAdapter(EngineAdapter):
             return torch.tensor(rows, device=self.model.device)
 
     def prepare_cache(self, strategy: Recipe) -> None:
-        left_behind = vars(self.model)
-        # Transformers makes each static cache as long as the longest one before.
-        left_behind.pop("_previous_max_cache_length", None)
-        if strategy != self._prepared and left_behind.pop("_compiled_call", None) is not None:
-            left_behind.pop("_last_compile_config", None)
-            torch.compiler.reset()
+        leftovers.forget_length(self.model)
         if strategy != self._prepared:
+            leftovers.forget_compiled(self.model)
             self._graphs_before = proof.compiled_graphs()
         self._cache_bytes = self._predicted_cache_bytes = None
         self._prepared = strategy
@@ -110,6 +111,29 @@ class TransformersAdapter(EngineAdapter):
         with translated(), actions.entered(self._recipe):
             seen = proof.observe(self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before)
         return proof.compare(seen, self._recipe)
+
+    def token_ids(self, prompt: torch.Tensor) -> NDArray[np.int64]:
+        return np.asarray(prompt.cpu().numpy(), dtype=np.int64)
+
+    def score(
+        self, ids: NDArray[np.int64], steps: int, forced: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        leftovers.forget_length(self.model)
+        batched = self._recipe.call == "generate_batch"
+        with translated(), actions.entered(self._recipe):
+            return forcing.score(self.model, ids, self._arguments(steps), forced, batched=batched)
+
+    def score_at_once(self, ids: NDArray[np.int64], forced: NDArray[np.int64]) -> NDArray[np.float32]:
+        with translated():
+            return forcing.score_at_once(self.model, ids, forced)
+
+    def answer(self, prompt: torch.Tensor, max_new_tokens: int, longest_tokens: int) -> str:
+        scope: dict[str, Any] = {"copy": copy, "torch": torch}
+        exec(handover.module(self._recipe, STEP_TOKENS), scope)  # our own text, made of a recipe that was validated
+        pinned = {} if actions.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
+        with translated():
+            output = scope["generate"](self.model, prompt, max_new_tokens, **pinned)
+        return hashlib.sha256(repr(output[:, prompt.shape[1] :].tolist()).encode()).hexdigest()
 
     def measure_resources(self) -> Resources:
         device = self.model.device

@@ -13,6 +13,7 @@ import torch
 from kvat_core.schema import Ceiling, Ceilings, ModelRef, PromptSource, Scenario, Target
 from kvat_engine_transformers import memory
 from kvat_engine_transformers.adapter import TransformersAdapter
+from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.recipes import recipe
 
 _WARM_UPS, _REPEATS = 3, 10
@@ -58,7 +59,7 @@ def measure_ceilings(device: str, threads: int | None, dtypes: Sequence[str]) ->
 def _first_call_bytes(threads: int | None, dtype: str) -> int:
     """Rise of the resident size by the calls of a model that itself needs next to nothing."""
     scenario = Scenario(prompt_tokens=_FIRST_CALL_TOKENS, output_tokens=2)
-    settings = {"dtype": dtype, "attention": "sdpa", "cache": "dynamic", "compile": "off", "grad_mode": "no_grad"}
+    settings = {**PLAIN, "dtype": dtype}
     target = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=threads)
     first = recipe({**settings, "threads": "own" if threads is None else str(threads)}, scenario, target)
     adapter = TransformersAdapter()

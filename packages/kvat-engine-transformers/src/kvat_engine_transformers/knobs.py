@@ -33,6 +33,18 @@ _OF_BATCHES = ("sdpa", "eager", *FLASH_PACKAGES)
 NO_CHUNKS = "off"
 PREFILL_CHUNKS = (128, 512, 2048)
 
+PLAIN = {
+    "attention": "sdpa",
+    "cache": "dynamic",
+    "residual_length": str(RESIDUAL_LENGTH),
+    "group_size": str(GROUP_SIZE),
+    "block_sharing": "off",
+    "prefill_chunk": NO_CHUNKS,
+    "compile": "off",
+    "grad_mode": "no_grad",
+}
+"""What Transformers does by itself with most models; of all knobs but dtype and threads, which have no default."""
+
 OWN_THREADS = "own"
 """Value of `threads` that leaves torch the number it takes by itself."""
 
@@ -57,6 +69,15 @@ def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, .
         _grad_mode(),
         _threads(probe, threads),
     )
+
+
+def reference(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
+    """The plainest way to compute the same in the same dtype; of that itself, the one in float32."""
+    anywhere = Probe(device="cpu", versions={})
+    defaults = {knob.name: knob.default for knob in space(shape, anywhere, None)}
+    kept = {name: settings[name] for name in ("dtype", "threads")}
+    plain = {**defaults, **kept}
+    return plain if plain != settings else {**plain, "dtype": "float32"}
 
 
 def require_known(settings: Mapping[str, str]) -> None:
@@ -250,14 +271,8 @@ def _cache_unavailable(name: str, shape: ModelShape, probe: Probe) -> str | None
         if limit := _limit(shape, sort):
             return limit
     if kind.implementation is None:
-        return _paged_unavailable(shape, probe)
+        return _reason(probe, "paged")
     return _reason(probe, str(kind.quantised["backend"])) if kind.quantised else None
-
-
-def _paged_unavailable(shape: ModelShape, probe: Probe) -> str | None:
-    if "other" in shape.attention:
-        return "generate_batch has pages for layers of full and of sliding attention only"
-    return _reason(probe, "paged")
 
 
 def _residual_length() -> Knob:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import pprint
 from collections.abc import Iterable, Mapping
 from typing import cast
 
 from pydantic import JsonValue
 
-from kvat_core.schema import ContextCall, ModelRef, Plan, PlanModel, Recipe, Scenario, Target
+from kvat_core.schema import ModelRef, Plan, PlanModel, Recipe, Scenario, Target
+from kvat_engine_transformers import handover
+from kvat_engine_transformers.handover import literal
 from kvat_engine_transformers.knobs import require_known
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.recipes import STEP_TOKENS, recipe
 
 _TEMPLATE = '''\
 """{title}
@@ -26,7 +27,7 @@ decode rate by the plan's definitions. Take `load` and `generate` over into your
     output = generate(model, tokenizer(text, return_tensors="pt").input_ids.to(model.device), max_new_tokens=128)
 {notes}"""
 
-import os
+{copy_import}import os
 {sys_import}import time
 from statistics import median
 
@@ -49,40 +50,16 @@ def load({load_parameter}):
 {load_body}
 
 
-def generate(model, input_ids, max_new_tokens, **options):
-    """Generate greedily, as it was measured; every call has a cache of its own.
+{generate}
 
-    `options` go to `model.generate` and come before what was measured: an attention mask for padded
-    prompts, for example, or `do_sample=True`.{compiles}
-    """
-{generate_body}
-
-
-class TokenClock:
-    """A streamer that notes when tokens reach the host; the first thing it gets is the prompt."""
-
-    def __init__(self):
-        self.times_s = []
-
-    def put(self, tokens):
-        self.times_s.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def measure(model, prompt_tokens, output_tokens, batch_size):
+{clock}def measure(model, prompt_tokens, output_tokens, batch_size):
     """Time calls of an exact length; return the median TTFT and the median decode rate."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     input_ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(model.device)
     ttft_s, decode_tps = [], []
     for _ in range(WARMUP + SAMPLES):
-        clock = TokenClock()
-        start_s = time.perf_counter()
-        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock)
-        first_s, last_s = clock.times_s[1], clock.times_s[-1]
-        ttft_s.append(first_s - start_s)
+{timed}
         decode_tps.append(batch_size * (output_tokens - 1) / (last_s - first_s))
     return median(ttft_s[WARMUP:]), median(decode_tps[WARMUP:])
 
@@ -104,8 +81,34 @@ _RANDOM_NOTE = """
 The weights are random: text is meaningless, speed and memory are those of the architecture.
 """
 
-_COMPILES = """ The first call compiles, and so does the first one of another
-    length; what was measured is one length at a time, compiled."""
+_CLOCK = '''
+class TokenClock:
+    """A streamer that notes when tokens reach the host; the first thing it gets is the prompt."""
+
+    def __init__(self):
+        self.times_s = []
+
+    def put(self, tokens):
+        self.times_s.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+'''
+
+_TIMED = """\
+        clock = TokenClock()
+        start_s = time.perf_counter()
+        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock)
+        first_s, last_s = clock.times_s[1], clock.times_s[-1]
+        ttft_s.append(first_s - start_s)"""
+
+_TIMED_BATCH = """\
+        start_s = time.perf_counter()
+        times_s = [answer.timestamps for answer in answers(model, input_ids, output_tokens, eos_token_id=-1)]
+        first_s, last_s = min(one[0] for one in times_s), max(one[-1] for one in times_s)
+        ttft_s.append(max(one[0] for one in times_s) - start_s)"""
 
 _CHECK = """\
     directory = sys.argv[1] if len(sys.argv) > 1 else MODEL
@@ -134,27 +137,31 @@ def render(plan: Plan) -> str:
         options=plan.engine.options,
     )
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
-    # What differs between scenarios is their lengths alone, and those are arguments of the script's functions.
-    shown = recipe(winner.settings, scenarios[0], target)
+    # What differs between scenarios is their lengths alone, and those are arguments of the script's functions. A chunk
+    # that is longer than a shorter prompt changes nothing of it.
+    shown = recipe(winner.settings, scenarios[-1], target)
+    batched = shown.call == "generate_batch"
     path = plan.model.id.removeprefix(RANDOM)
     local = path.startswith("./")
     return _TEMPLATE.format(
         title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {winner.label}."),
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
+        copy_import="import copy\n" if batched else "",
         sys_import="import sys\n" if local else "",
         load_example="MODEL_DIRECTORY" if local else "",
         load_parameter="model=MODEL" if local else "",
         load_call="directory" if local else "",
         check=_CHECK if local else "",
-        environment=_literal(shown.environment),
+        environment=literal(shown.environment),
         imports="\n".join(_imports(plan.model.id, shown)),
         model_constant=_model_constant(path if local else plan.model.id, local),
         scenarios=_scenarios(scenarios),
         reset=_RESET if shown.compiles else "",
-        compiles=_COMPILES if shown.compiles else "",
         load_body="\n".join([*_threads_line(shown), *_load_body(plan.model, local, shown)]),
-        generate_body="\n".join(_generate_body(shown)),
+        generate=handover.source(shown, STEP_TOKENS),
+        clock="" if batched else _CLOCK.lstrip("\n"),
+        timed=_TIMED_BATCH if batched else _TIMED,
         # The proof call of a launch warms up as well.
         warmup=1 + shown.warmup_calls(plan.profile.warmup),
         samples=plan.profile.samples,
@@ -167,25 +174,17 @@ def _prose(text: str) -> str:
 
 
 def _scenarios(scenarios: Iterable[Scenario]) -> str:
-    return _literal([(one.prompt_tokens, one.output_tokens, one.batch_size) for one in scenarios])
-
-
-def _literal(value: object) -> str:
-    text = pprint.pformat(value, width=80, sort_dicts=False)
-    return text.replace("'", '"')
+    return literal([(one.prompt_tokens, one.output_tokens, one.batch_size) for one in scenarios])
 
 
 def _imports(model_id: str, shown: Recipe) -> list[str]:
-    lines = []
-    if any(call.name == "torch.nn.attention.sdpa_kernel" for call in shown.context):
-        lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
+    lines, names = handover.imports(shown)
     if model_id.startswith(RANDOM):
         lines.append("from kvat_engine_transformers import build_random_model, random_path")
     elif model_id.startswith(BUILTIN):
         lines.append("from kvat_engine_transformers import builtin_path")
-    names = [] if model_id.startswith(RANDOM) else ["AutoModelForCausalLM"]
-    if "compile_config" in shown.arguments:
-        names.append("CompileConfig")
+    if not model_id.startswith(RANDOM):
+        names = ["AutoModelForCausalLM", *names]
     if names:
         lines.append(f"from transformers import {', '.join(names)}")
     return sorted(lines, key=lambda line: line.split()[1])
@@ -223,43 +222,3 @@ def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
         "    )",
         "    return loaded.eval()" if device_map is not None else f"    return loaded.to({device}).eval()",
     ]
-
-
-def _generate_body(shown: Recipe) -> list[str]:
-    call = ["return model.generate(input_ids=input_ids, **{**measured, **options})"]
-    setup = [
-        *_compile_lines(shown.arguments.get("compile_config")),
-        "measured = {",
-        '    "attention_mask": torch.ones_like(input_ids),',
-        *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in shown.arguments.items()),
-        "}",
-    ]
-    if shown.context:
-        contexts = ", ".join(_context(one) for one in shown.context)
-        call = [f"with {contexts}:", *(f"    {line}" for line in call)]
-    return [f"    {line}" for line in [*setup, *call]]
-
-
-def _argument(name: str, value: JsonValue) -> str:
-    """Lengths come from the call; everything else is as measured."""
-    if name == "max_new_tokens":
-        return "max_new_tokens"
-    if name == "max_cache_len":
-        return "input_ids.shape[1] + max_new_tokens"
-    if name == "compile_config":
-        return "compile_config"
-    return _literal(value)
-
-
-def _compile_lines(config: JsonValue) -> list[str]:
-    if not isinstance(config, Mapping):
-        return []
-    fields = dict(config)
-    lines = [f"compile_config = CompileConfig(mode={json.dumps(fields.pop('mode'))})"]
-    return [*lines, *(f"compile_config.{name} = {value}" for name, value in fields.items())]
-
-
-def _context(call: ContextCall) -> str:
-    if call.name == "torch.inference_mode":
-        return "torch.inference_mode()"
-    return f"sdpa_kernel(SDPBackend.{call.arguments[0]})"
