@@ -1,0 +1,151 @@
+"""A recipe's call as source code: the part of the snippet that users take over, and that is asked for leaks."""
+
+from __future__ import annotations
+
+import json
+import pprint
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from kvat_core.schema import ContextCall, Recipe
+
+_GENERATE = '''\
+def generate(model, input_ids, max_new_tokens, **options):
+    """Generate greedily, as it was measured; every call has a cache of its own.
+
+    `options` go to `model.generate` and come before what was measured: an attention mask for padded
+    prompts, for example, or `do_sample=True`.{compiles}
+    """
+{body}
+'''
+
+_GENERATE_BATCH = '''\
+def answers(model, input_ids, max_new_tokens, **options):
+    """Answers of Transformers' continuous batching, in the order of the prompts, with the time of each token.
+
+    `options` change its generation config and come before what was measured, `do_sample=True` for example.
+    """
+    prompts = input_ids.tolist()
+    pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
+    config = copy.deepcopy(model.generation_config)
+    config.update(**{{**{generation}, "max_new_tokens": max_new_tokens, **options}})
+    # Left to itself, the pool takes nearly all the memory that is free.
+    batching = ContinuousBatchingConfig(
+        page_size={page_tokens},
+        num_blocks=pages * len(prompts),
+        max_batch_tokens=max(input_ids.shape[1], min(input_ids.numel(), {step_tokens})),
+        max_requests_per_batch=len(prompts),
+{others}
+    )
+    found = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=batching, record_timestamps=True
+    )
+    return list(found.values())
+
+
+def generate(model, input_ids, max_new_tokens, **options):
+    """Generate greedily, as it was measured; every call has a pool of its own, for prompts of equal length.
+
+    `options` as in `answers`.
+    """
+    found = answers(model, input_ids, max_new_tokens, **options)
+    return torch.tensor([answer.prompt_ids + answer.generated_tokens for answer in found])
+'''
+
+_COMPILES = """ The first call compiles, and so does the first one of another
+    length; what was measured is one length at a time, compiled."""
+
+_OF_THE_PROMPTS = ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch")
+
+
+def source(shown: Recipe, step_tokens: int) -> str:
+    """`generate(model, input_ids, max_new_tokens, **options)`, which returns prompt and output ids, batch × tokens.
+
+    Args:
+        shown: the recipe; lengths come from the call, everything else is as it says.
+        step_tokens: of several prompts, those that continuous batching computes at a time.
+    """
+    if shown.call == "generate_batch":
+        return _generate_batch(shown, step_tokens)
+    return _GENERATE.format(body="\n".join(_body(shown)), compiles=_COMPILES if shown.compiles else "")
+
+
+def module(shown: Recipe, step_tokens: int) -> str:
+    """The same with its imports, apart from torch and the standard library's copy."""
+    lines, names = imports(shown)
+    of_transformers = [f"from transformers import {', '.join(names)}"] if names else []
+    return "\n".join([*lines, *of_transformers, source(shown, step_tokens)])
+
+
+def imports(shown: Recipe) -> tuple[list[str], list[str]]:
+    """What `source` needs beside torch and the standard library's copy: whole lines, and names of transformers."""
+    if shown.call == "generate_batch":
+        return [], ["ContinuousBatchingConfig"]
+    lines = []
+    if any(call.name == "torch.nn.attention.sdpa_kernel" for call in shown.context):
+        lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
+    return lines, ["CompileConfig"] if "compile_config" in shown.arguments else []
+
+
+def literal(value: object) -> str:
+    """JSON-like data as Python source."""
+    text = pprint.pformat(value, width=80, sort_dicts=False)
+    return text.replace("'", '"')
+
+
+def _generate_batch(shown: Recipe, step_tokens: int) -> str:
+    config = shown.arguments["continuous_batching_config"]
+    assert isinstance(config, Mapping), "recipes of generate_batch size their pool"
+    others = {name: value for name, value in config.items() if name not in _OF_THE_PROMPTS}
+    generation = {
+        name: value
+        for name, value in shown.arguments.items()
+        if name not in ("continuous_batching_config", "max_new_tokens")
+    }
+    return _GENERATE_BATCH.format(
+        page_tokens=config["page_size"],
+        step_tokens=step_tokens,
+        generation=literal(generation),
+        others="\n".join(f"        {name}={value!r}," for name, value in others.items()),
+    )
+
+
+def _body(shown: Recipe) -> list[str]:
+    call = ["return model.generate(input_ids=input_ids, **{**measured, **options})"]
+    setup = [
+        *_compile_lines(shown.arguments.get("compile_config")),
+        "measured = {",
+        '    "attention_mask": torch.ones_like(input_ids),',
+        *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in shown.arguments.items()),
+        "}",
+    ]
+    if shown.context:
+        contexts = ", ".join(_context(one) for one in shown.context)
+        call = [f"with {contexts}:", *(f"    {line}" for line in call)]
+    return [f"    {line}" for line in [*setup, *call]]
+
+
+def _argument(name: str, value: JsonValue) -> str:
+    """Lengths come from the call; everything else is as measured."""
+    if name == "max_new_tokens":
+        return "max_new_tokens"
+    if name == "max_cache_len":
+        return "input_ids.shape[1] + max_new_tokens"
+    if name == "compile_config":
+        return "compile_config"
+    return literal(value)
+
+
+def _compile_lines(config: JsonValue) -> list[str]:
+    if not isinstance(config, Mapping):
+        return []
+    fields = dict(config)
+    lines = [f"compile_config = CompileConfig(mode={json.dumps(fields.pop('mode'))})"]
+    return [*lines, *(f"compile_config.{name} = {value}" for name, value in fields.items())]
+
+
+def _context(call: ContextCall) -> str:
+    if call.name == "torch.inference_mode":
+        return "torch.inference_mode()"
+    return f"sdpa_kernel(SDPBackend.{call.arguments[0]})"
