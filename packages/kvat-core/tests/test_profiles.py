@@ -27,9 +27,18 @@ def fitted(profile: Profile, **changes: Any) -> tuple[Profile, tuple[str, ...]]:
 
 
 def test_the_presets_are_there_and_their_texts_too() -> None:
-    assert list(presets()) == ["chat-agent", "ci-micro", "longform", "rag"]
+    assert list(presets()) == ["chat-agent", "ci-micro", "longform", "offline-batch", "rag"]
     for profile in presets().values():
         assert len(prompts.resolve(profile.prompt).value or "") > 500
+
+
+def test_offline_work_comes_in_batches_and_asks_for_tokens_per_second() -> None:
+    offline = presets()["offline-batch"]
+    assert all(scenario.batch_size >= 8 for scenario in offline.scenarios)
+    shares = offline.objective.shares()
+    assert shares["decode"] > sum(share for metric, share in shares.items() if metric != "decode")
+    # Rows times slots: a larger batch of shorter requests asks for as much cache.
+    assert len({scenario.batch_size * scenario.total_tokens for scenario in offline.scenarios}) == 1
 
 
 def test_a_user_profile_is_read(tmp_path: Path) -> None:
@@ -72,7 +81,8 @@ def test_a_changed_preset_needs_a_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_unknown_profile_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="unknown profile 'chat'; use one of chat-agent, ci-micro, longform, rag"):
+    known = "chat-agent, ci-micro, longform, offline-batch, rag"
+    with pytest.raises(UsageError, match=f"unknown profile 'chat'; use one of {known}"):
         load_profile("chat")
     with pytest.raises(UsageError, match="cannot read profile"):
         load_profile("nowhere.json")
