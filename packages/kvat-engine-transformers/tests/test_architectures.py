@@ -415,11 +415,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     assert "is an encoder-decoder" in refused(tmp_path)
 
 
-def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantised", [{"quant_method": "gptq"}, {"quant_method": "unheard-of"}])
+def test_a_checkpoint_whose_quantisation_transformers_cannot_read_is_refused(
+    tmp_path: Path, quantised: dict[str, str]
+) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **BODY, **HEADS)).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    assert "is a quantised checkpoint" in refused(tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantised}))
+    assert f"is quantised ({quantised['quant_method']}) and cannot be loaded" in refused(tmp_path)
 
 
 def test_an_encoder_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def require_loadable(model_id: str, config: PreTrainedConfig, device: str, optio
     try:
         quantizer = AutoHfQuantizer.from_config(_stored(config) or {}, pre_quantized=True)
         quantizer.validate_environment(device_map=options.get("device_map"), weights_only=True)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError) and error.name:
             words = f"{words}; pip install {error.name.partition('.')[0]}"
