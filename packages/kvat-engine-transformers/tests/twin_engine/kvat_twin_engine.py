@@ -18,11 +18,12 @@ from kvat_core.schema import (
     Target,
 )
 from kvat_engine_transformers import TransformersEngine, recipes
+from kvat_engine_transformers.knobs import PLAIN
 
 TWINS = ("first", "second", "third", "fourth")
 PER_LOAD = 2
 """Twins that share a launch, so that there are pairs in one launch and pairs in two."""
-SETTINGS = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": "off", "grad_mode": "no_grad"}
+SETTINGS = {**PLAIN, "dtype": "float32"}
 
 
 class TwinEngine(TransformersEngine):
@@ -42,6 +43,9 @@ class TwinEngine(TransformersEngine):
         made = recipes.recipe({**SETTINGS, "threads": str(target.threads)}, scenario, target)
         load = {**made.load, "extra": {**made.load["extra"], "pair": TWINS.index(twin) // PER_LOAD}}
         return made.model_copy(update={"load": load, "setup": {"twin": twin}})
+
+    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> None:
+        return None
 
     def footprint(
         self, settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str
