@@ -16,16 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from kvat_core.errors import NothingFeasible, UsageError
-from kvat_core.schema import Plan, PlanEngine, Rule, needed_bytes
+from kvat_core.schema import ModelShape, Plan, PlanEngine, Rule, needed_bytes
 from kvat_engine_transformers import (
     FallbackWarning,
     PlannedModel,
     PlanWarning,
     builtin_path,
     headroom,
+    leftovers,
     load_plan,
     patch_generate,
 )
+from kvat_engine_transformers.devices import probe_device
+from kvat_engine_transformers.knobs import space
+from kvat_engine_transformers.proof import compiled_graphs
 
 README = Path(__file__).parents[1] / "README.md"
 GIB = 2**30
@@ -207,6 +211,53 @@ def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedMod
     assert torch.equal(planned.generate(IDS, **options), expected)
     with pytest.raises(Exception, match="generate_batch takes no num_beams"):
         planned.generate(IDS, 5, num_beams=2)
+
+
+def here() -> list[dict[str, str]]:
+    """Each value that can run here and compiles nothing, with what else it takes to be in effect."""
+    shape = ModelShape(architecture="llama", layers=3, attention=("full",) * 3, kv_heads=2, head_dim=32)
+    knobs = space(shape, probe_device("cpu", {}), None)
+    able = {
+        knob.name: [value.name for value in knob.values if value.unavailable is None and not value.compiles]
+        for knob in knobs
+    }
+    found = []
+    for knob in knobs:
+        caches = [cache for cache in knob.when.get("cache", ("dynamic",)) if cache in able["cache"]]
+        names = able[knob.name] if knob.name != "dtype" else []
+        found += [{"cache": cache, knob.name: name} for cache in caches[:1] for name in names]
+    return found
+
+
+@pytest.mark.parametrize("settings", here(), ids=lambda own: "+".join(own.values()))
+def test_every_value_that_can_run_here_generates(
+    llama: PreTrainedModel, make_plan: MakePlan, settings: dict[str, str]
+) -> None:
+    planned = load_plan(make_plan({"one": settings}), model=llama)
+    output = planned.generate(IDS, max_new_tokens=4, eos_token_id=None)
+    if settings["cache"].startswith(("quanto", "hqq", "fp8")):
+        assert output.shape == (2, 16)
+    else:
+        assert torch.equal(output, llama.generate(IDS, max_new_tokens=4, eos_token_id=None, do_sample=False))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_winner_compiles_once_for_a_shorter_prompt(
+    llama: PreTrainedModel, make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if probe_device("cpu", {}).facts["compile"] is not None:
+        pytest.skip("no compiler")
+    planned = load_plan(make_plan({"one": {"cache": "static", "compile": "default"}}), model=llama)
+    expected = llama.generate(IDS, max_new_tokens=4, eos_token_id=None, do_sample=False)
+    assert torch.equal(planned.generate(IDS, max_new_tokens=4, eos_token_id=None), expected)
+    graphs = compiled_graphs()
+    assert graphs > 0
+    planned.generate(IDS[:, :6], max_new_tokens=4)
+    assert compiled_graphs() == graphs
+    leftovers.forget_compiled(llama)
+    leftovers.forget_length(llama)
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -488,6 +539,35 @@ def test_somebody_elses_patch_is_kept(llama: PreTrainedModel, make_plan: MakePla
         assert calls[0]["cache_implementation"] == "static"
     finally:
         del llama.generate
+
+
+# On a card ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card of torch.cuda")
+def test_on_a_card_memory_that_ran_out_is_there_for_the_next_candidate(make_plan: MakePlan) -> None:
+    model = AutoModelForCausalLM.from_pretrained(builtin_path("llama"), dtype=torch.float32).to("cuda:0").eval()
+    total = torch.cuda.get_device_properties(0).total_memory
+    own = headroom.device_bytes(model)
+    assert own is not None
+    assert torch.cuda.mem_get_info(0)[0] < own <= total
+    plan = make_plan({"static": {"cache": "static"}, "dynamic": {}}, peaks={})
+    ids, seen = IDS.to("cuda:0"), []
+
+    def greedy(module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
+        if isinstance(options["past_key_values"], StaticCache):
+            ballast = torch.empty(torch.cuda.mem_get_info(0)[0] // 2, dtype=torch.uint8, device="cuda:0")
+            torch.empty(2 * total, dtype=torch.uint8, device="cuda:0")
+            ballast.zero_()
+        seen.append(headroom.device_bytes(model))
+
+    model.register_forward_pre_hook(greedy, with_kwargs=True)
+    with pytest.warns(PlanWarning):
+        planned = load_plan(plan, model=model)
+    with pytest.warns(FallbackWarning, match="static failed: the device ran out of memory; going on with dynamic"):
+        assert planned.generate(ids, 2).shape == (2, 14)
+    assert seen[0] > own * 0.9
 
 
 # As printed ---------------------------------------------------------------------------------------
