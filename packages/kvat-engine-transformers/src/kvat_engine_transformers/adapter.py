@@ -133,7 +133,7 @@ class TransformersAdapter(EngineAdapter):
         pinned = {} if actions.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
         with translated():
             output = scope["generate"](self.model, prompt, max_new_tokens, **pinned)
-        return hashlib.sha256(repr(output[:, prompt.shape[1] :].tolist()).encode()).hexdigest()
+        return digest(output, prompt)
 
     def measure_resources(self) -> Resources:
         device = self.model.device
@@ -286,6 +286,11 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, de
             f"the devices do not hold the model: device_map={device_map} leaves {elsewhere} weights elsewhere",
         )
     return cast("PreTrainedModel", model.eval())
+
+
+def digest(tokens: torch.Tensor, prompt: torch.Tensor) -> str:
+    """Of what was generated after a prompt, by which two answers are compared without telling what they say."""
+    return hashlib.sha256(repr(tokens[:, prompt.shape[1] :].tolist()).encode()).hexdigest()
 
 
 def _timeline(call: Call) -> Timeline:

@@ -1,0 +1,147 @@
+"""What candidates predict beside their reference, on a trained model; and what would prove nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import QuantizedCache
+
+from kvat_core import Profile, TuneRequest, likeness, tune
+from kvat_core.fidelity import MIN_TOP1_AGREEMENT
+from kvat_core.likeness import Reference
+from kvat_core.schema import Likeness, Objective, PromptSource, Recipe, Scenario
+from kvat_engine_transformers import TransformersAdapter
+
+MODEL = "builtin:llama"
+PROMPT_TOKENS, STEPS, GREEDY_STEPS = 192, 256, 64
+SCENE = Scenario(prompt_tokens=PROMPT_TOKENS, output_tokens=STEPS, batch_size=2)
+TEXT = PromptSource(kind="text", value="The quick brown fox jumps over the lazy dog; pack my box with five dozen jugs. ")
+
+Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
+_REFERENCES: dict[str, Reference] = {}
+
+
+def forced(adapter: TransformersAdapter) -> tuple[Any, Any]:
+    prompt = adapter.make_prompt(TEXT, PROMPT_TOKENS + STEPS, SCENE.batch_size, 7)
+    whole = adapter.token_ids(prompt)
+    return whole[:, :PROMPT_TOKENS], whole[:, PROMPT_TOKENS:]
+
+
+@pytest.fixture
+def reference(prepared: Prepared) -> Reference:
+    if MODEL not in _REFERENCES:
+        adapter, _ = prepared(MODEL, SCENE)
+        ids, text = forced(adapter)
+        predicted, _ = adapter.score(ids, STEPS, text)
+        greedy, chosen = adapter.score(ids, GREEDY_STEPS, None)
+        noise = likeness.rounding(predicted, adapter.score_at_once(ids, text))
+        _REFERENCES[MODEL] = Reference(predicted, greedy, chosen, noise)
+    return _REFERENCES[MODEL]
+
+
+def beside(reference: Reference, adapter: TransformersAdapter) -> tuple[Likeness, Likeness]:
+    ids, text = forced(adapter)
+    predicted, _ = adapter.score(ids, STEPS, text)
+    chosen, _ = adapter.score(ids, GREEDY_STEPS, reference.chosen)
+    noise = reference.rounding
+    return likeness.compare(reference.text, predicted, noise), likeness.compare(reference.greedy, chosen, noise)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache": "static"},
+        {"prefill_chunk": "128"},
+        {"cache": "static", "prefill_chunk": "128"},
+        {"cache": "paged"},
+        {"cache": "paged", "attention": "eager"},
+        {"cache": "paged", "block_sharing": "on"},
+        {"attention": "eager"},
+        {"attention": "sdpa_math"},
+        {"grad_mode": "inference_mode", "cache": "static"},
+    ],
+    ids=lambda settings: " ".join(f"{knob}={value}" for knob, value in settings.items()),
+)
+def test_what_claims_to_be_exact_chooses_every_token_as_its_reference(
+    prepared: Prepared, reference: Reference, settings: dict[str, str]
+) -> None:
+    adapter, _ = prepared(MODEL, SCENE, **settings)
+    text, greedy = beside(reference, adapter)
+    assert reference.rounding is not None
+    assert reference.rounding.choice_nats < 1e-4
+    for part in (text, greedy):
+        assert part.first_clear_divergence is None
+        assert part.kl_nats < 1e-6
+
+
+def test_what_a_quantised_cache_loses_is_told_apart_by_its_bits(prepared: Prepared, reference: Reference) -> None:
+    kl_nats = {}
+    for cache in ("fp8", "quanto_int4", "quanto_int2"):
+        text, _ = beside(reference, prepared(MODEL, SCENE, cache=cache)[0])
+        kl_nats[cache] = text.kl_nats
+        assert text.kl_nats > 1e-6, "something is lost"
+        assert (text.top1_agreement >= MIN_TOP1_AGREEMENT) <= (cache != "quanto_int2")
+    assert kl_nats["quanto_int2"] > 0.01 > kl_nats["quanto_int4"] > kl_nats["fp8"]
+
+
+def in_one_pass(adapter: TransformersAdapter, ids: Any, text: Any) -> Any:
+    """A scorer that proves nothing: the cache is filled, and never read."""
+    cache = QuantizedCache("quanto", adapter.model.config, nbits=2, axis_key=0, axis_value=0)
+    inputs = torch.from_numpy(np.concatenate([ids, text], axis=1)[:, :-1])
+    with torch.no_grad():
+        output = adapter.model(input_ids=inputs, past_key_values=cache, use_cache=True)
+    assert cache.layers[0].get_seq_length() == inputs.shape[1]
+    return torch.log_softmax(output.logits[:, -STEPS:].float(), dim=-1).numpy()
+
+
+def test_a_scorer_of_one_pass_would_find_nothing_lost(prepared: Prepared, reference: Reference) -> None:
+    adapter, _ = prepared(MODEL, SCENE, cache="quanto_int2")
+    ids, text = forced(adapter)
+    planted = likeness.compare(reference.text, in_one_pass(adapter, ids, text), reference.rounding)
+    stepwise, _ = beside(reference, adapter)
+    assert planted.kl_nats < 1e-6
+    assert stepwise.kl_nats > 1e4 * planted.kl_nats
+
+
+@pytest.mark.slow
+def test_lost_fidelity_is_not_recommended_unless_it_is_allowed(tmp_path: Path) -> None:
+    profile = Profile(
+        name="fidelity",
+        scenarios=(Scenario(prompt_tokens=PROMPT_TOKENS, output_tokens=8),),
+        objective=Objective(ttft=1, decode=1),
+        launches=1,
+        samples=1,
+    )
+    pinned = {"dtype": "float32", "attention": "sdpa", "compile": "off", "grad_mode": "no_grad", "prefill_chunk": "off"}
+    others = [f"hqq_int{bits}" for bits in (8, 4, 2)]
+    excluded = [
+        *(("cache", name) for name in (*others, "static", "paged", "fp8")),
+        ("residual_length", "32"),
+        ("group_size", "32"),
+    ]
+    request = TuneRequest(
+        out=tmp_path / "out",
+        engine="transformers",
+        model=MODEL,
+        threads=1,
+        profile=profile,
+        space="full",
+        pinned=pinned,
+        excluded=tuple(excluded),
+    )
+    plan = tune(request).plan
+    found = {one.settings["cache"]: one for one in plan.candidates if one.state == "ok"}
+    assert set(found) == {"dynamic", "quanto_int4", "quanto_int2"}
+    lost = found["quanto_int2"]
+    assert lost.fidelity.verdict == "lossy"
+    assert lost.fidelity.kl_nats is not None
+    assert lost.fidelity.kl_nats > 0.01
+    assert "--max-kl or --allow-lossy accepts that" in (lost.reason or "")
+    assert found["dynamic"].fidelity.verdict == "exact"
+    assert plan.require_winner().settings["cache"] != "quanto_int2"
+    assert plan.canary == "clean"
