@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -108,7 +109,8 @@ def _context(call: ContextCall) -> Any:
 def _argument(name: str, value: JsonValue) -> Any:
     if name == "compile_config":
         return _compile_config(cast("Mapping[str, Any]", value))
-    return value
+    # Older versions of transformers take a cache_config apart as they use it.
+    return copy.deepcopy(value)
 
 
 def _compile_config(fields: Mapping[str, Any]) -> CompileConfig:
