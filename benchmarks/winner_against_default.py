@@ -67,7 +67,7 @@ def main() -> int:
     scenario = Scenario(prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory()))
-        checkpoint = scratch / options.model.replace(":", "-")
+        checkpoint = scratch / Path(options.model.partition(":")[2]).name
         save_checkpoint(options.model, checkpoint)
         parent = options.reuse or scratch
         plans = {case: tuned(parent / case, CASES[case], checkpoint, scenario, options) for case in options.cases}
@@ -93,7 +93,7 @@ def _options() -> Namespace:
     parser.add_argument("--blocks", type=at_least_one, default=4, metavar="N", help="of four processes each")
     parser.add_argument("--samples", type=at_least_one, default=3, metavar="N", help="timed calls of a process")
     parser.add_argument("--reuse", type=Path, metavar="DIR")
-    parser.add_argument("--model", default=MODEL, metavar="random:NAME|builtin:NAME")
+    parser.add_argument("--model", default=MODEL, metavar="random:NAME|random:DIR|builtin:NAME")
     parser.add_argument("--prompt-tokens", type=at_least_one, default=SCENARIO.prompt_tokens, metavar="N")
     parser.add_argument("--output-tokens", type=at_least_one, default=SCENARIO.output_tokens, metavar="N")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="KNOB=VALUE", help="not to be tried, to save time")
