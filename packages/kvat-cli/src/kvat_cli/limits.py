@@ -25,6 +25,8 @@ def limits(
     max_tpot: str | None,
     min_decode_tps: str | None,
     min_context: int | None,
+    max_kl: float | None,
+    allow_lossy: bool,
 ) -> Limits:
     """The limits that were given; the others are left to the profile.
 
@@ -38,7 +40,15 @@ def limits(
         max_tpot_s=_limit("--max-tpot", max_tpot, _SECONDS, "a time in ms or s, e.g. 50ms, 0.05s or p95:50ms"),
         min_decode_tps=_limit("--min-decode-tps", min_decode_tps, _RATE, "tokens per second, e.g. 20 or p95:20"),
         min_context_tokens=min_context,
+        max_kl_nats=None if max_kl is None else _kl_nats(max_kl),
+        allow_lossy=allow_lossy or None,
     )
+
+
+def _kl_nats(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise UsageError(f"--max-kl takes a divergence in nats above 0, e.g. 0.05; got {value:g}")
+    return value
 
 
 def _bytes(option: str, text: str | None) -> int | None:

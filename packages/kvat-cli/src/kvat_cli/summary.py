@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
 from kvat_core.outputs import PLAN, SNIPPET
-from kvat_report import decision, numbers, one_line
+from kvat_report import decision, numbers, one_line, output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,8 @@ def _print_winner(plan: Plan, winner: Choice, confidence: Confidence) -> None:
     noise = confidence.noise_floor
     known = "unknown, from a single launch" if noise is None else numbers.percent(noise)
     print(f"Confidence: {confidence.level}. Noise floor of this run: {known}.")
+    if told := output(plan):
+        print(f"Output: {told}.")
     if plan.ratio is not None and winner.id != plan.incumbent.id:
         _print_block("Winner ÷ what runs today, as speed:", _ratios(plan.ratio))
     _print_block("Settings:", _settings(winner, plan.incumbent.settings))

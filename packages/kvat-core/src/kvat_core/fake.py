@@ -18,10 +18,14 @@ The model id chooses the behaviour, e.g. ``fake:crash`` or ``fake-server:crash``
     wrong-count  one candidate generates a token less than asked for
     nan          one candidate returns times that are no numbers
     small-memory  healthy, but its memory holds 2929 tokens of the default cache, of a model that could take 4096
+    trained      healthy, with weights that predict something, so that fidelity and leaks are looked at: a quantised
+                 cache is close, and a quantised one with the eager kernel is not
+    wrong-output as trained, but the best candidate forgets how its prompt began
+    leak         as trained, but the best candidate is confused by longer requests before
     secret       one candidate raises an exception of its own whose text contains the prompt
     all-fail     every candidate fails
 
-The one candidate is never the default, the best, or an alias of either.
+The one candidate is never the default, the best, or an alias of either, unless it is said to be the best.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ import random
 import signal
 import sys
 import time
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +46,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Probe, SpaceRequest
@@ -78,6 +85,7 @@ _TOKEN_GAP_S = 0.002
 _TOKEN_GAP_GROWTH_S = 1e-7  # per position already in the cache
 _NOISE = 0.003  # standard deviation of a call's duration, relative
 _SERVER_FLASH = "FAKE_SERVER_FLASH"
+_VOCABULARY = 32
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,8 @@ class _Behaviour:
     mismatches: tuple[str, ...] = ()
     kv_bytes: int | None = None
     """Memory that there is for the cache; None = enough."""
+    trained: bool = False
+    best_is: Literal["right", "forgetful", "leaking"] = "right"
 
 
 _BEHAVIOURS = {
@@ -172,6 +182,9 @@ _BEHAVIOURS = {
     "wrong-count": _Behaviour(spoils=_lose_a_token),
     "nan": _Behaviour(spoils=_lose_the_times),
     "small-memory": _Behaviour(kv_bytes=1_500_000),
+    "trained": _Behaviour(trained=True),
+    "wrong-output": _Behaviour(trained=True, best_is="forgetful"),
+    "leak": _Behaviour(trained=True, best_is="leaking"),
     "secret": _Behaviour(fails=_tell_the_prompt),
     "all-fail": _Behaviour(fails=_refuse, everyone=True),
 }
@@ -201,7 +214,8 @@ class _ScriptedEngine(Engine):
         if scheme != self.name or behaviour not in _BEHAVIOURS:
             known = ", ".join(f"{self.name}:{name}" for name in _BEHAVIOURS)
             raise UsageError(f"engine {self.name!r} has no model {model.id!r}; choose one of {known}")
-        return _SHAPE
+        trained = _BEHAVIOURS[behaviour].trained
+        return _SHAPE.model_copy(update={"weights": "checkpoint", "sha256": "0" * 64}) if trained else _SHAPE
 
     def instrument(self) -> Sequence[str]:
         return ("virtual clock: nothing is computed, the times follow from the settings",)
@@ -264,6 +278,9 @@ class FakeEngine(_ScriptedEngine):
         if settings["graph"] == "on" and settings["kernel"] == "eager":
             return "a graph cannot be captured with the eager kernel"
         return None
+
+    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str] | None:
+        return None if shape.weights == "random" else {"cache": "dynamic", "kernel": "auto", "graph": "off"}
 
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         compiles = settings["graph"] == "on"
@@ -473,6 +490,56 @@ class _ScriptedAdapter(EngineAdapter):
 class _InProcessAdapter(_ScriptedAdapter):
     _clock = "host"
     _suspect: ClassVar[dict[str, str]] = {"cache": "static", "kernel": "eager"}
+    _best: ClassVar[dict[str, str]] = {"cache": "static", "kernel": "flash"}
+
+    def load_model(
+        self,
+        model_id: str,
+        dtype: str | None,
+        device: str,
+        attn_backend: str | None,
+        extra: Mapping[str, JsonValue],
+    ) -> None:
+        super().load_model(model_id, dtype, device, attn_backend, extra)
+        self._longest = 0
+
+    def token_ids(self, prompt: _Prompt) -> NDArray[np.int64]:
+        rows = [[zlib.crc32(word.encode()) % _VOCABULARY for word in text.split()] for text in prompt.texts]
+        return np.array(rows, dtype=np.int64)
+
+    def score(
+        self, ids: NDArray[np.int64], steps: int, forced: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        seen, logprobs = [list(row) for row in ids.tolist()], []
+        for step in range(steps):
+            logprobs.append(np.stack([self._predict(row, ids.shape[1]) for row in seen]))
+            chosen = logprobs[-1].argmax(axis=1) if forced is None else forced[:, step]
+            for row, token in zip(seen, chosen.tolist(), strict=True):
+                row.append(token)
+        return np.stack(logprobs, axis=1), np.array([row[ids.shape[1] :] for row in seen], dtype=np.int64)
+
+    def score_at_once(self, ids: NDArray[np.int64], forced: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.score(ids, forced.shape[1], forced)[0]
+
+    def answer(self, prompt: _Prompt, max_new_tokens: int, longest_tokens: int) -> str:
+        leaks = self._behaviour.best_is == "leaking" and self._is_best() and self._longest > prompt.tokens
+        self._longest = max(self._longest, prompt.tokens)
+        return f"{self.score(self.token_ids(prompt), max_new_tokens, None)[1].tolist()}{'?' if leaks else ''}"
+
+    def _predict(self, tokens: Sequence[int], prompt_tokens: int) -> NDArray[np.float32]:
+        """Log-probabilities of the next token: all tokens so far have their say, the first as the last."""
+        forgets = self._behaviour.best_is == "forgetful" and self._is_best() and len(tokens) > prompt_tokens
+        remembered = tokens[prompt_tokens // 10 :] if forgets else tokens
+        random_numbers = np.random.default_rng(sum(remembered))
+        logits = random_numbers.normal(0.0, 2.0, _VOCABULARY)
+        if self._running["cache"] == "quantized":
+            loss = 1.0 if self._running["kernel"] == "eager" else 0.01
+            logits += loss * np.random.default_rng(len(tokens)).normal(0.0, 1.0, _VOCABULARY)
+        predicted: NDArray[np.float32] = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+        return predicted
+
+    def _is_best(self) -> bool:
+        return self._best.items() <= self._running.items()
 
     def measure_resources(self) -> Resources:
         return Resources(

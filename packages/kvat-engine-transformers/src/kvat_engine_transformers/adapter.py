@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from collections.abc import Mapping
@@ -128,11 +127,10 @@ class TransformersAdapter(EngineAdapter):
             return forcing.score_at_once(self.model, ids, forced)
 
     def answer(self, prompt: torch.Tensor, max_new_tokens: int, longest_tokens: int) -> str:
-        scope: dict[str, Any] = {"copy": copy, "torch": torch}
-        exec(handover.module(self._recipe, STEP_TOKENS), scope)  # our own text, made of a recipe that was validated
+        handed_over = handover.imported(self._recipe, STEP_TOKENS)
         pinned = {} if actions.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
         with translated():
-            output = scope["generate"](self.model, prompt, max_new_tokens, **pinned)
+            output = handed_over.generate(self.model, prompt, max_new_tokens, **pinned)
         return digest(output, prompt)
 
     def measure_resources(self) -> Resources:

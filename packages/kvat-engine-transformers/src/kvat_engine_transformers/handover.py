@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pprint
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -71,11 +75,20 @@ def source(shown: Recipe, step_tokens: int) -> str:
     return _GENERATE.format(body="\n".join(_body(shown)), compiles=_COMPILES if shown.compiles else "")
 
 
-def module(shown: Recipe, step_tokens: int) -> str:
-    """The same with its imports, apart from torch and the standard library's copy."""
+def imported(shown: Recipe, step_tokens: int) -> Any:
+    """The same as a module that was written to a file and imported from there, as users import their snippet."""
     lines, names = imports(shown)
     of_transformers = [f"from transformers import {', '.join(names)}"] if names else []
-    return "\n".join([*lines, *of_transformers, source(shown, step_tokens)])
+    text = "\n".join(["import copy", "import torch", *lines, *of_transformers, source(shown, step_tokens)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "handed_over.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None, "a file that is there"
+        assert spec.loader is not None, "a Python file"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def imports(shown: Recipe) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from kvat_report.decision import decision
 from kvat_report.markdown import MarkdownReport
+from kvat_report.output import output
 from kvat_report.text import one_line
 
-__all__ = ["MarkdownReport", "decision", "one_line"]
+__all__ = ["MarkdownReport", "decision", "one_line", "output"]

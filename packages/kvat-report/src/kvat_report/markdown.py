@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvat_report import numbers
 from kvat_report.decision import decision
+from kvat_report.output import output
 from kvat_report.text import Markdown, escape
 
 if TYPE_CHECKING:
@@ -60,7 +61,16 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         finalize=_safe,
     )
-    own = (numbers.ratio, numbers.time, numbers.rate, numbers.size, numbers.percent, numbers.plain, numbers.seconds)
+    own = (
+        numbers.nats,
+        numbers.percent,
+        numbers.plain,
+        numbers.rate,
+        numbers.ratio,
+        numbers.seconds,
+        numbers.size,
+        numbers.time,
+    )
     environment.filters.update({render.__name__: _trusted(render) for render in own})
     return environment
 
@@ -96,6 +106,8 @@ def _context(plan: Plan) -> dict[str, Any]:
         "has_energy": any(result.energy_per_token_j is not None for _, result in _measured(plan)),
         "last_line": _last_line,
         "judged": [(candidate, limit) for candidate in ranking for limit in candidate.limits],
+        "faithful": [candidate for candidate in ranking if candidate.fidelity.kl_nats is not None],
+        "output": output(plan),
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
         "when": _when,

@@ -52,6 +52,11 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
+def nats(value: float | None) -> str:
+    """A divergence, in nats; a dash where it is not known."""
+    return NOTHING if value is None else f"{value:.2g}"
+
+
 def percent(share: float) -> str:
     """A share of one, e.g. ``2.4 %``; whole numbers from 10 % on."""
     value = share * 100

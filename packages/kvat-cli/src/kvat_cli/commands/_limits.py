@@ -13,4 +13,13 @@ MaxTpot = Annotated[str | None, typer.Option(metavar="[pN:]TIME", help="Longest 
 MinDecodeTps = Annotated[
     str | None, typer.Option(metavar="[pN:]RATE", help="Least decode rate in tokens per second, e.g. 20.")
 ]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS", help="How far from its reference a candidate that loses output may predict; default: 0.01."
+    ),
+]
+AllowLossy = Annotated[
+    bool, typer.Option("--allow-lossy", help="Recommend what loses output, however much, unless it is broken.")
+]
 MinContext = Annotated[int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")]

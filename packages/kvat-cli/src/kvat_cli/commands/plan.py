@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvat_cli.commands._limits import MaxRam, MaxTpot, MaxTtft, MaxVram, MinContext, MinDecodeTps
+from kvat_cli.commands._limits import AllowLossy, MaxKl, MaxRam, MaxTpot, MaxTtft, MaxVram, MinContext, MinDecodeTps
 
 
 def plan(
@@ -21,6 +21,8 @@ def plan(
     max_tpot: MaxTpot = None,
     min_decode_tps: MinDecodeTps = None,
     min_context: MinContext = None,
+    max_kl: MaxKl = None,
+    allow_lossy: AllowLossy = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan to a new file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:
@@ -40,6 +42,8 @@ def plan(
         max_tpot=max_tpot,
         min_decode_tps=min_decode_tps,
         min_context=min_context,
+        max_kl=max_kl,
+        allow_lossy=allow_lossy,
     )
     decided = decide_again(journal, profile, wanted)
     text = decided.model_dump_json(indent=2)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvat_cli.commands._limits import MaxRam, MaxTpot, MaxTtft, MaxVram, MinContext, MinDecodeTps
+from kvat_cli.commands._limits import AllowLossy, MaxKl, MaxRam, MaxTpot, MaxTtft, MaxVram, MinContext, MinDecodeTps
 
 Pairs = list[str] | None
 
@@ -47,6 +47,8 @@ def tune(
     max_tpot: MaxTpot = None,
     min_decode_tps: MinDecodeTps = None,
     min_context: MinContext = None,
+    max_kl: MaxKl = None,
+    allow_lossy: AllowLossy = False,
     max_context: Annotated[
         str,
         typer.Option(
@@ -123,6 +125,8 @@ def tune(
             max_tpot=max_tpot,
             min_decode_tps=min_decode_tps,
             min_context=min_context,
+            max_kl=max_kl,
+            allow_lossy=allow_lossy,
         ),
         max_context=context_bound("--max-context", max_context),
         seed=seed,

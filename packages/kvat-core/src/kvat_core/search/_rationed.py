@@ -55,7 +55,7 @@ class Rationed:
         return self._affords(run, len(groups), Costs(run, self._load_keys).seconds(groups))
 
     def _vetting_s(self, run: Run, purpose: Purpose) -> float:
-        """Seconds that a launch of this purpose will take: as those before it, or else by how often it loads the model."""
+        """Seconds that such a launch will take: as those before it, or else by how often it loads the model."""
         ended = [order.launch for order in run.ended_launches(purpose)]
         if ended:
             return fmean(end.wall_s for end in run.ended if end.launch in ended)

@@ -1,4 +1,4 @@
-"""Any search, with what it would recommend vetted: faithful to its reference, and no request left behind in the next."""
+"""Any search, with what it would recommend vetted: is it faithful, and does no request leave anything behind?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kvat_core.search._base import MEMORY, Search
 FIDELITY, CANARY = MEMORY + 1, MEMORY + 2
 """Rounds of launches that belong to no block."""
 LOADS: dict[Purpose, int] = {"fidelity": 3, "canary": 2}
-"""Times that such a launch loads the model: candidate, reference and full precision; a process alone, and one of several
-requests."""
+"""Times that such a launch loads the model: candidate, reference and full precision; once for a request alone, once for
+several."""
 
 
 class Vetted:

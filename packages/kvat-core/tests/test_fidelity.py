@@ -1,0 +1,197 @@
+"""Fast but wrong does not win: what is judged, when, by which figures, and what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from kvat_core import TuneRequest, decide_again, likeness, tune
+from kvat_core.errors import AllFailed
+from kvat_core.fake import FakeEngine
+from kvat_core.journal import read_journal
+from kvat_core.run import Run
+from kvat_core.schema import CandidateResult, Likeness, Limits, Rounding
+from kvat_core.tuner import TuneResult
+
+VOCABULARY = 8
+logits = arrays(np.float64, (2, 5, VOCABULARY), elements=st.floats(-20, 20))
+
+
+def predicted(values: Any) -> Any:
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+# How alike two ways to compute are ----------------------------------------------------------------
+
+
+@given(logits)
+def test_nothing_is_lost_between_equals(values: Any) -> None:
+    same = likeness.compare(predicted(values), predicted(values), None)
+    assert same == Likeness(
+        steps=10, kl_nats=0.0, kl_max_nats=0.0, top1_agreement=1.0, first_divergence=None, first_clear_divergence=None
+    )
+
+
+@given(logits, logits)
+def test_a_divergence_is_never_negative_and_agrees_with_its_definition(values: Any, others: Any) -> None:
+    one, other = predicted(values).astype(np.float64), predicted(others).astype(np.float64)
+    found = likeness.compare(predicted(values), predicted(others), None)
+    by_hand = np.maximum(0.0, (np.exp(one) * (one - other)).sum(axis=-1))
+    assert found.kl_nats == pytest.approx(by_hand.mean(), rel=1e-6)
+    assert 0 <= found.kl_nats <= found.kl_max_nats
+    assert found.top1_agreement == pytest.approx((one.argmax(-1) == other.argmax(-1)).mean())
+
+
+def test_a_first_choice_that_was_nearly_a_tie_is_no_clear_divergence() -> None:
+    reference = np.log(np.array([[[0.4, 0.4 - 1e-6, 0.2], [0.7, 0.2, 0.1]]], dtype=np.float32))
+    swapped = np.log(np.array([[[0.4 - 1e-6, 0.4, 0.2], [0.7, 0.2, 0.1]]], dtype=np.float32))
+    noise = Rounding(choice_nats=2e-6, kl_nats=0.0)
+    found = likeness.compare(reference, swapped, noise)
+    assert (found.first_divergence, found.first_clear_divergence) == (0, None)
+    assert likeness.compare(reference, swapped, None).first_clear_divergence == 0
+    other = np.log(np.array([[[0.4, 0.4 - 1e-6, 0.2], [0.2, 0.7, 0.1]]], dtype=np.float32))
+    assert likeness.compare(reference, other, noise).first_clear_divergence == 1
+
+
+@pytest.mark.parametrize("spoiled", [np.full((1, 2, 3), np.nan, np.float32), np.zeros((1, 3, 3), np.float32)])
+def test_what_is_no_prediction_is_refused(spoiled: Any) -> None:
+    with pytest.raises(ValueError, match="log-probabilities"):
+        likeness.compare(np.zeros((1, 2, 3), np.float32), spoiled, None)
+
+
+# A run --------------------------------------------------------------------------------------------
+
+
+def tuned(out: Path, worker: type, **request: Any) -> TuneResult:
+    return tune(TuneRequest(out=out, **request), open_worker=worker)
+
+
+def events(out: Path) -> Run:
+    return Run.from_events(read_journal(out / "journal.jsonl"))
+
+
+def is_alias(one: CandidateResult) -> bool:
+    return "runs the very same thing" in (one.reason or "")
+
+
+def test_the_winner_is_judged_and_gets_its_canary(tmp_path: Path, in_process_worker: type) -> None:
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    winner = plan.candidate(plan.require_winner().id)
+    assert winner.settings["cache"] == "static"
+    assert winner.fidelity.verdict == "exact"
+    assert winner.fidelity.tokens == 256 + 64
+    assert plan.canary == "clean"
+    purposes = [order.purpose for order in events(tmp_path / "out").launches]
+    assert purposes.count("canary") == 1
+    assert purposes[-1] == "canary"
+
+
+def test_what_is_wrong_fails_and_the_next_best_is_vetted_in_its_place(tmp_path: Path, in_process_worker: type) -> None:
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:wrong-output").plan
+    broken = [one for one in plan.candidates if one.failure is not None]
+    assert {one.failure.kind for one in broken if one.failure} == {"wrong_output"}
+    assert all(one.settings["cache"] == "static" for one in broken)
+    assert all("the first clearly other choice at token" in one.failure.reason for one in broken if one.failure)
+    winner = plan.candidate(plan.require_winner().id)
+    assert winner.state == "ok"
+    assert winner.fidelity.verdict == "exact"
+
+
+def test_what_leaks_fails_and_the_next_best_is_vetted_in_its_place(tmp_path: Path, in_process_worker: type) -> None:
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:leak").plan
+    failures = {one.failure.reason: one.failure.kind for one in plan.candidates if one.failure is not None}
+    assert failures == {"a request is answered differently after a longer and after a shorter one": "leak"}
+    assert plan.candidate(plan.require_winner().id).state == "ok"
+    assert plan.canary == "clean"
+
+
+def test_nobody_is_left_where_all_are_wrong(tmp_path: Path, in_process_worker: type) -> None:
+    pinned = {"cache": "static", "kernel": "flash"}
+    with pytest.raises(AllFailed, match="wrong_output"):
+        tuned(tmp_path / "out", in_process_worker, model="fake:wrong-output", pinned=pinned, space="safe")
+
+
+def test_what_loses_output_may_win_only_within_the_limits(tmp_path: Path, in_process_worker: type) -> None:
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained", space="full").plan
+    quantised = {one.settings["kernel"]: one for one in plan.candidates if one.settings["cache"] == "quantized"}
+    close, lossy = quantised["auto"], quantised["eager"]
+    assert close.fidelity.verdict == "close"
+    assert close.eligible
+    assert close.fidelity.kl_nats is not None
+    assert 0 < close.fidelity.kl_nats < 0.01
+    assert lossy.fidelity.verdict == "lossy"
+    assert "--max-kl or --allow-lossy accepts that" in (lossy.reason or "")
+    for limits, eligible in (
+        (Limits(allow_lossy=True), {"auto", "eager"}),
+        (Limits(max_kl_nats=close.fidelity.kl_nats / 2), set()),
+    ):
+        again = decide_again(tmp_path / "out" / "journal.jsonl", None, limits)
+        kinds = {one.settings["kernel"]: one for one in again.candidates if one.settings["cache"] == "quantized"}
+        assert {kernel for kernel, one in kinds.items() if one.eligible} - {"flash"} == eligible
+
+
+def test_what_may_lose_output_is_judged_before_it_is_raced(tmp_path: Path, in_process_worker: type) -> None:
+    tuned(tmp_path / "out", in_process_worker, model="fake:trained", space="full")
+    run = events(tmp_path / "out")
+    lossy = {entry.candidate.id for entry in run.candidates if entry.candidate.lossy and entry.exclusion is None}
+    judged: set[str] = set()
+    for order in run.launches:
+        names = {cell.candidate for cell in order.cells}
+        if order.purpose == "fidelity":
+            judged |= names
+        if order.purpose in ("timing", "run_off"):
+            assert names & lossy <= judged
+    assert lossy <= judged
+
+
+def test_a_judgement_that_fails_costs_no_figures_and_is_told(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    def run_out(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(fake._InProcessAdapter, "score", run_out)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained", space="full").plan
+    winner = plan.candidate(plan.require_winner().id)
+    assert winner.fidelity.verdict is None
+    assert winner.settings["cache"] == "static"
+    assert any("was not held against its reference: oom_host" in note for note in plan.notes)
+    lossy = [one for one in plan.candidates if one.fidelity.lossy and one.state == "ok"]
+    assert lossy
+    assert not any(one.eligible for one in lossy)
+
+
+def test_two_fresh_processes_that_differ_are_no_leak(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    answers = iter(range(100))
+    monkeypatch.setattr(fake._InProcessAdapter, "answer", lambda *_, **__: str(next(answers)))
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    assert plan.canary == "undetermined"
+    assert any("two fresh processes answer the same request differently" in note for note in plan.notes)
+
+
+def test_random_weights_make_nothing_lossy_eligible(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = {"cache": "dynamic", "kernel": "auto", "graph": "off"}
+    monkeypatch.setattr(FakeEngine, "reference", lambda self, settings, shape: reference)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:tiny", space="full").plan
+    lossy = [one for one in plan.candidates if one.fidelity.lossy and one.state == "ok"]
+    assert lossy
+    assert all("which random weights cannot tell" in (one.reason or "") for one in lossy if not is_alias(one))
+    assert all(one.fidelity.verdict is None for one in lossy), "nothing is spent on what cannot be told"
+    assert plan.candidate(plan.require_winner().id).fidelity.verdict == "exact"
+    again = decide_again(tmp_path / "out" / "journal.jsonl", None, Limits(allow_lossy=True))
+    assert any(one.eligible for one in again.candidates if one.fidelity.lossy)
