@@ -100,7 +100,7 @@ class Bench:
         """Prompts that the plain call does not end early; looking for them warms up."""
         source = resolve(PromptSource(kind="preset", value="chat"))
         for nonce in count():
-            prompt = self._adapter.make_prompt(source, SCENARIO.prompt_tokens, SCENARIO.batch_size, nonce)
+            prompt = self._adapter.make_prompt(source, SCENARIO.prompt_lengths, nonce)
             self._adapter.run_decode(prompt, SCENARIO.output_tokens)
             _, tokens = self._plain(prompt)
             if tokens == SCENARIO.output_tokens:

@@ -123,7 +123,7 @@ def prefill(worker: WorkerProcess, recipe: Recipe, scenario: Scenario) -> None:
         worker.call("load", dict(recipe.load), "load", PATIENT)
         worker.call("prepare", recipe.model_dump(mode="json"), "prepare", PATIENT)
         source = PromptSource(kind="text", value="any text will do")
-        spec = PromptSpec(source=source, tokens=scenario.prompt_tokens, batch=1, nonce=0)
+        spec = PromptSpec(source=source, tokens=scenario.prompt_lengths, nonce=0)
         arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": scenario.output_tokens}
         for _ in range(context.CALLS):
             worker.call("prefill", arguments, "context", PATIENT)

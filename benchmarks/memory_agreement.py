@@ -155,7 +155,7 @@ def read_caches(model: str, dtype: str, numbers: tuple[int, int, int]) -> Iterat
     """A dynamic and a static cache after a call: by hand, live, and as kvat predicts it."""
     scenario = Scenario(**named(numbers))
     adapter = loaded(model, dtype)
-    prompt = adapter.make_prompt(prompts.resolve(SOURCE), scenario.prompt_tokens, scenario.batch_size, 0)
+    prompt = adapter.make_prompt(prompts.resolve(SOURCE), scenario.prompt_lengths, 0)
     for cache in CACHES:
         adapter.prepare_cache(recipe_of(model, cache, dtype, scenario))
         adapter.run_decode(prompt, scenario.output_tokens)
@@ -184,7 +184,7 @@ def read_quantised(model: str, options: dict[str, Any], numbers: tuple[int, int,
 
     scenario = Scenario(**named(numbers))
     adapter = loaded(model, "float32")
-    prompt = adapter.make_prompt(prompts.resolve(SOURCE), scenario.prompt_tokens, scenario.batch_size, 0)
+    prompt = adapter.make_prompt(prompts.resolve(SOURCE), scenario.prompt_lengths, 0)
     output = adapter.model.generate(
         input_ids=prompt,
         attention_mask=prompt.new_ones(prompt.shape),

@@ -234,7 +234,7 @@ class Bench:
 
     def _prompts(self, cell: Cell, count: int) -> list[Any]:
         prompt_tokens = self._scenarios[cell.scenario].prompt_tokens
-        return [self._adapter.make_prompt(self._source, prompt_tokens, 1, nonce) for nonce in range(count)]
+        return [self._adapter.make_prompt(self._source, [prompt_tokens], nonce) for nonce in range(count)]
 
 
 def decode_tps(call: Any) -> float:

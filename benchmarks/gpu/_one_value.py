@@ -85,7 +85,7 @@ def tried(device: str, settings: Mapping[str, str]) -> dict[str, Any]:
         try:
             adapter.load_model(**made.load)
             adapter.prepare_cache(made)
-            prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+            prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
             applied = adapter.applied(prompt)
             for _ in range(made.warmup):
                 adapter.run_decode(prompt, SCENARIO.output_tokens)

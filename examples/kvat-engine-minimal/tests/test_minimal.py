@@ -40,7 +40,7 @@ def test_both_caches_write_the_same_text() -> None:
 @pytest.mark.parametrize("cache", ["off", "keys"])
 def test_counts_and_times_are_those_of_the_scenario(cache: str) -> None:
     adapter, _ = worker(cache)
-    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, nonce=1)
+    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, nonce=1)
     timeline = adapter.run_decode(prompt, SCENARIO.output_tokens)
 
     assert len(timeline.requests) == SCENARIO.batch_size
@@ -54,7 +54,7 @@ def test_counts_and_times_are_those_of_the_scenario(cache: str) -> None:
 def test_read_back_tells_the_caches_apart_in_one_process() -> None:
     adapter, off = worker("off")
     _, keys = worker("keys")
-    prompt = adapter.make_prompt(TEXT, 100, 1, nonce=1)
+    prompt = adapter.make_prompt(TEXT, [100], nonce=1)
     found = []
     for recipe in (off, keys, off):
         adapter.prepare_cache(recipe)
@@ -68,7 +68,7 @@ def test_keeping_keys_decodes_faster() -> None:
     gaps = {}
     for cache in ("off", "keys"):
         adapter, _ = worker(cache)
-        request = adapter.run_decode(adapter.make_prompt(TEXT, 500, 1, nonce=1), 20).requests[0]
+        request = adapter.run_decode(adapter.make_prompt(TEXT, [500], nonce=1), 20).requests[0]
         gaps[cache] = statistics.median(request.token_gaps_s or ())
 
     assert gaps["keys"] < gaps["off"]
@@ -77,8 +77,8 @@ def test_keeping_keys_decodes_faster() -> None:
 def test_prompts_differ_by_nonce_from_the_first_letter() -> None:
     adapter, _ = worker("off")
 
-    assert adapter.make_prompt(TEXT, 50, 2, nonce=7) == adapter.make_prompt(TEXT, 50, 2, nonce=7)
-    assert len({adapter.make_prompt(TEXT, 50, 1, nonce)[0][0] for nonce in range(16)}) == 16
+    assert adapter.make_prompt(TEXT, [50] * 2, nonce=7) == adapter.make_prompt(TEXT, [50] * 2, nonce=7)
+    assert len({adapter.make_prompt(TEXT, [50], nonce)[0][0] for nonce in range(16)}) == 16
 
 
 def test_unknown_model_and_device_are_refused() -> None:

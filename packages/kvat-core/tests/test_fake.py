@@ -99,7 +99,7 @@ def candidates(engine: Engine, space: Space) -> tuple[list[Settings], list[str]]
 
 
 def decode(adapter: EngineAdapter, nonce: int = 1) -> Timeline:
-    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, nonce)
+    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, nonce)
     return adapter.run_decode(prompt, SCENARIO.output_tokens)
 
 
@@ -143,7 +143,7 @@ def test_every_candidate_generates_what_was_asked_for(engine: Engine, launch: La
 
 def test_the_answer_for_a_large_batch_fits_a_message(launch: Launch) -> None:
     adapter, _ = launch(FakeEngine(), "tiny", INCUMBENT["fake"])
-    timeline = adapter.run_decode(adapter.make_prompt(TEXT, 64, 1024, nonce=1), 4096)
+    timeline = adapter.run_decode(adapter.make_prompt(TEXT, [64] * 1024, nonce=1), 4096)
     assert batch_size(timeline) == 1024
     assert encode(Reply(value=timeline.model_dump(mode="json")))
 
@@ -195,15 +195,15 @@ def test_peak_memory_is_that_of_the_prepared_recipe(launch: Launch) -> None:
 def test_equal_arguments_give_equal_prompts_and_other_nonces_others(engine: Engine, launch: Launch) -> None:
     adapter, _ = launch(engine, "tiny", INCUMBENT[engine.name])
 
-    assert adapter.make_prompt(TEXT, 5, 2, 7) == adapter.make_prompt(TEXT, 5, 2, 7)
-    assert adapter.make_prompt(TEXT, 5, 2, 7) != adapter.make_prompt(TEXT, 5, 2, 8)
+    assert adapter.make_prompt(TEXT, [5] * 2, 7) == adapter.make_prompt(TEXT, [5] * 2, 7)
+    assert adapter.make_prompt(TEXT, [5] * 2, 7) != adapter.make_prompt(TEXT, [5] * 2, 8)
 
 
 @FACES
 def test_automatic_choice_is_an_alias_of_what_it_chooses(engine: Engine, launch: Launch) -> None:
     explicit = {"fake": {"kernel": "flash"}, "fake-server": {"flash": "on"}}[engine.name]
     automatic, automatic_recipe = launch(engine, "tiny", INCUMBENT[engine.name])
-    prompt = automatic.make_prompt(TEXT, SCENARIO.prompt_tokens, 1, 1)
+    prompt = automatic.make_prompt(TEXT, [SCENARIO.prompt_tokens], 1)
     automatic_values = automatic.applied(prompt).values
     chosen, chosen_recipe = launch(engine, "tiny", {**INCUMBENT[engine.name], **explicit})
 
@@ -220,7 +220,7 @@ def test_no_candidate_leaves_a_trace_in_the_next(engine: Engine, launch: Launch)
         if recipe_of(engine, "tiny", first).load_key != recipe.load_key:
             continue
         shared += 1
-        prompt = alone.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+        prompt = alone.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
         after, _ = launch(engine, "tiny", first)
         after.run_decode(prompt, SCENARIO.output_tokens)
         after.prepare_cache(recipe)
@@ -259,7 +259,7 @@ def test_graph_is_compiled_once_for_each_shape(launch: Launch) -> None:
 @FACES
 def test_cache_refuses_more_tokens_than_its_scenario_has(engine: Engine, launch: Launch) -> None:
     adapter, _ = launch(engine, "tiny", BEST[engine.name])
-    prompt = adapter.make_prompt(TEXT, 1000, 1, 1)
+    prompt = adapter.make_prompt(TEXT, [1000], 1)
 
     with pytest.raises(EngineError, match="do not fit"):
         adapter.run_prefill(prompt)
@@ -268,7 +268,7 @@ def test_cache_refuses_more_tokens_than_its_scenario_has(engine: Engine, launch:
 @FACES
 def test_prefill_alone_generates_nothing(engine: Engine, launch: Launch) -> None:
     adapter, _ = launch(engine, "tiny", INCUMBENT[engine.name])
-    request = adapter.run_prefill(adapter.make_prompt(TEXT, 64, 1, 1)).requests[0]
+    request = adapter.run_prefill(adapter.make_prompt(TEXT, [64], 1)).requests[0]
 
     assert request.output_tokens == 0
     assert request.ttft_s == request.e2e_s > 0
@@ -276,7 +276,7 @@ def test_prefill_alone_generates_nothing(engine: Engine, launch: Launch) -> None
 
 def test_server_reports_an_environment_that_was_not_set(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, recipe = launch(FakeServerEngine(), "tiny", SUSPECT["fake-server"])
-    prompt = adapter.make_prompt(TEXT, 64, 1, 1)
+    prompt = adapter.make_prompt(TEXT, [64], 1)
     assert adapter.applied(prompt).mismatches == ()
 
     for name in recipe.environment:
@@ -306,7 +306,7 @@ def test_only_the_suspect_misbehaves(engine: Engine, launch: Launch) -> None:
                 continue
             adapter, _ = launch(engine, behaviour, settings)
             healthy, _ = launch(engine, "tiny", settings)
-            prompt = adapter.make_prompt(TEXT, 64, 1, 1)
+            prompt = adapter.make_prompt(TEXT, [64], 1)
 
             assert decode(adapter) == decode(healthy)
             assert adapter.applied(prompt).mismatches == ()
@@ -324,7 +324,7 @@ def test_suspect_runs_out_of_memory(engine: Engine, launch: Launch) -> None:
 def test_suspect_reads_back_something_else(engine: Engine, launch: Launch) -> None:
     adapter, _ = launch(engine, "misapplied", SUSPECT[engine.name])
 
-    assert adapter.applied(adapter.make_prompt(TEXT, 64, 1, 1)).mismatches
+    assert adapter.applied(adapter.make_prompt(TEXT, [64], 1)).mismatches
 
 
 @FACES
@@ -374,7 +374,7 @@ recipe = Recipe.model_validate_json({recipe.model_dump_json()!r})
 adapter = {type(engine).__name__}().adapter(Path())
 adapter.load_model(**recipe.load)
 adapter.prepare_cache(recipe)
-prompt = adapter.make_prompt(PromptSource(kind="text", value="a b c"), 64, 1, 1)
+prompt = adapter.make_prompt(PromptSource(kind="text", value="a b c"), [64], 1)
 print("decoding", flush=True)
 adapter.run_decode(prompt, 16)
 """

@@ -22,7 +22,8 @@ def keys(profile: Profile) -> list[str]:
 
 
 def fitted(profile: Profile, **changes: Any) -> tuple[Profile, tuple[str, ...]]:
-    options: dict[str, Any] = {"preset": True, "contexts": (), "batches": (), "max_context_tokens": None, **changes}
+    asked = {"contexts": (), "batches": (), "shortest_prompt_tokens": None, "max_context_tokens": None}
+    options: dict[str, Any] = {"preset": True, **asked, **changes}
     return fit(profile, **options)
 
 

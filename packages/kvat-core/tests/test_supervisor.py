@@ -233,7 +233,7 @@ def decode(
     worker: WorkerProcess, limits: Limits, text: str = "some words", output_tokens: int = SCENARIO.output_tokens
 ) -> Timeline:
     """A timed call of a scripted worker."""
-    spec = PromptSpec(source=PromptSource(kind="text", value=text), tokens=SCENARIO.prompt_tokens, batch=1, nonce=0)
+    spec = PromptSpec(source=PromptSource(kind="text", value=text), tokens=SCENARIO.prompt_lengths, nonce=0)
     arguments = {"prompt": spec.model_dump(mode="json"), "max_new_tokens": output_tokens}
     return Timeline.model_validate(worker.call("decode", arguments, "sample", limits))
 

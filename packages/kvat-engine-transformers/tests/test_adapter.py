@@ -31,7 +31,7 @@ models = pytest.mark.parametrize("model_id", ["builtin:llama", "builtin:mistral"
 
 
 def prompt(adapter: TransformersAdapter, scenario: Scenario = SCENARIO, nonce: int = 1) -> torch.Tensor:
-    return adapter.make_prompt(TEXT, scenario.prompt_tokens, scenario.batch_size, nonce)
+    return adapter.make_prompt(TEXT, scenario.prompt_lengths, nonce)
 
 
 @models
@@ -149,7 +149,7 @@ def test_prompts_differ_from_their_first_token_and_repeat_themselves(prepared: P
     assert one[0, :4].tolist() != other[0, :4].tolist()
     assert torch.equal(one[0, 16:], other[0, 16:])
     for tokens in (1, 7, 300):
-        assert adapter.make_prompt(TEXT, tokens, 1, 5).shape == (1, tokens)
+        assert adapter.make_prompt(TEXT, [tokens], 5).shape == (1, tokens)
 
 
 def test_a_kernel_that_cannot_run_is_a_failure_and_no_replacement(prepared: Prepared) -> None:

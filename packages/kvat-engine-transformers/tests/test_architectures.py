@@ -310,7 +310,7 @@ def test_each_value_that_is_offered_runs_as_it_says_and_gives_the_same_tokens(
         if recipe in done:
             continue
         done.append(recipe)
-        prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, 1, 1)
+        prompt = adapter.make_prompt(TEXT, [SCENARIO.prompt_tokens], 1)
         try:
             applied, tokens = adapter.applied(prompt), adapter.generate(prompt, 8).tokens
         except EngineError as error:

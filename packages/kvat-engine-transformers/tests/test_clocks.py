@@ -46,7 +46,7 @@ class Event:
 
 def run(prepared: Prepared, cache: str) -> tuple[TransformersAdapter, torch.Tensor]:
     made, _ = prepared("builtin:llama", SCENARIO, cache=cache)
-    return made, made.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+    return made, made.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

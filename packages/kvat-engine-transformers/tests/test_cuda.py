@@ -56,7 +56,7 @@ def prepared(settings: dict[str, str], scenario: Scenario = SCENARIO) -> tuple[T
 
 
 def prompt(adapter: TransformersAdapter) -> torch.Tensor:
-    return adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+    return adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -38,7 +38,7 @@ def test_a_failure_of_a_call_has_its_kind(
     def fail(**arguments: object) -> None:
         raise error
 
-    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+    prompt = adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
     monkeypatch.setattr(adapter.model, "generate", fail)
     with pytest.raises(EngineError) as caught:
         adapter.run_decode(prompt, SCENARIO.output_tokens)
@@ -55,5 +55,5 @@ def test_a_prompt_for_which_there_is_no_room_is_one_of_them(
 
     monkeypatch.setattr(torch, "tensor", fail)
     with pytest.raises(EngineError) as caught:
-        adapter.make_prompt(TEXT, SCENARIO.prompt_tokens, SCENARIO.batch_size, 1)
+        adapter.make_prompt(TEXT, SCENARIO.prompt_lengths, 1)
     assert caught.value.kind == "oom_device"

@@ -27,7 +27,7 @@ _REFERENCES: dict[str, Reference] = {}
 
 
 def forced(adapter: TransformersAdapter) -> tuple[Any, Any]:
-    prompt = adapter.make_prompt(TEXT, PROMPT_TOKENS + STEPS, SCENE.batch_size, 7)
+    prompt = adapter.make_prompt(TEXT, [PROMPT_TOKENS + STEPS] * SCENE.batch_size, 7)
     whole = adapter.token_ids(prompt)
     return whole[:, :PROMPT_TOKENS], whole[:, PROMPT_TOKENS:]
 

@@ -122,7 +122,7 @@ def test_what_is_predicted_is_what_a_call_keeps_alive(
     load: dict[str, Any] = recipe.load
     adapter.load_model(**load)
     adapter.prepare_cache(recipe)
-    prompt = adapter.make_prompt(SOURCE, scenario.prompt_tokens, scenario.batch_size, 0)
+    prompt = adapter.make_prompt(SOURCE, scenario.prompt_lengths, 0)
     adapter.run_decode(prompt, scenario.output_tokens)
     known = [*adapter.model.parameters(), *adapter.model.buffers(), prompt]
     with Alive({tensor.untyped_storage()._cdata: None for tensor in known}) as alive:

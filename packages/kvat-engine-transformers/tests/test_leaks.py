@@ -44,7 +44,7 @@ def fresh(kind: type[TransformersAdapter], settings: dict[str, str]) -> Transfor
 
 
 def answers(adapter: TransformersAdapter, *lengths: int) -> list[str]:
-    prompts = (adapter.make_prompt(TEXT, tokens, 1, nonce=tokens) for tokens in lengths)
+    prompts = (adapter.make_prompt(TEXT, [tokens], nonce=tokens) for tokens in lengths)
     return [adapter.answer(prompt, OUTPUT, LONGEST.total_tokens) for prompt in prompts]
 
 
@@ -74,6 +74,6 @@ def test_a_shared_cache_would_be_noticed() -> None:
 @pytest.mark.parametrize("settings", VALUES, ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()))
 def test_the_code_that_is_handed_over_generates_what_is_timed(settings: dict[str, str]) -> None:
     adapter = fresh(TransformersAdapter, settings)
-    prompt = adapter.make_prompt(TEXT, LONGER, 1, 5)
+    prompt = adapter.make_prompt(TEXT, [LONGER], 5)
     timed = adapter.generate(prompt, OUTPUT).tokens
     assert adapter.answer(prompt, OUTPUT, LONGEST.total_tokens) == digest(timed, prompt)

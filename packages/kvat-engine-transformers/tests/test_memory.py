@@ -38,7 +38,7 @@ def test_a_cache_holds_exactly_what_its_shape_says(
 ) -> None:
     scenario = Scenario(prompt_tokens=prompt_tokens, output_tokens=6, batch_size=batch_size)
     adapter, _ = prepared(model_id, scenario, cache=cache)
-    adapter.run_decode(adapter.make_prompt(TEXT, prompt_tokens, batch_size, 1), 6)
+    adapter.run_decode(adapter.make_prompt(TEXT, [prompt_tokens] * batch_size, 1), 6)
     found = adapter.measure_resources()
     # Six tokens come out, and the last of them is never stored.
     slots = scenario.total_tokens if cache == "static" else scenario.total_tokens - 1
@@ -114,7 +114,7 @@ def test_a_peak_is_that_of_the_candidate_and_not_of_the_one_before(prepared: Pre
     for prompt_tokens in (1500, 48):
         scenario = Scenario(prompt_tokens=prompt_tokens, output_tokens=3, batch_size=4)
         adapter, _ = prepared("builtin:llama", scenario, attention="eager")
-        adapter.run_decode(adapter.make_prompt(TEXT, prompt_tokens, 4, 1), 3)
+        adapter.run_decode(adapter.make_prompt(TEXT, [prompt_tokens] * 4, 1), 3)
         found = adapter.measure_resources()
         assert found.peak_host_bytes is not None
         assert found.ready_host_bytes is not None

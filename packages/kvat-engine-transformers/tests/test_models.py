@@ -157,7 +157,7 @@ def test_a_tokenizer_that_cannot_be_loaded_costs_nothing_else(tmp_path: Path) ->
     adapter = TransformersAdapter()
     extra = {"revision": None, "threads": 1, "compiled_for": None}
     adapter.load_model(str(folder), "float32", "cpu", "sdpa", extra)
-    assert adapter.make_prompt(PromptSource(kind="text", value="words"), 20, 1, 1).shape == (1, 20)
+    assert adapter.make_prompt(PromptSource(kind="text", value="words"), [20], 1).shape == (1, 20)
 
 
 def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:

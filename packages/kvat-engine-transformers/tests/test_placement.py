@@ -80,7 +80,7 @@ def seen_with(prepared: Prepared, **changes: Any) -> tuple[proof.Seen, Recipe]:
     read_back: list[proof.Seen] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "compare", lambda seen, _: read_back.append(seen))
-        adapter.applied(adapter.make_prompt(TEXT, 48, 1, 1))
+        adapter.applied(adapter.make_prompt(TEXT, [48], 1))
     spread = ran.model_copy(update={"load": {**ran.load, "extra": {**ran.load["extra"], **SPREAD}}})  # type: ignore[dict-item]
     return replace(read_back[0], **changes), spread
 

@@ -96,7 +96,7 @@ def test_packed_weights_are_accepted_and_the_dtype_of_the_rest_is_checked(checkp
     read_back: list[proof.Seen] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "compare", lambda seen, _: read_back.append(seen))
-        adapter.applied(adapter.make_prompt(PromptSource(kind="text", value="words"), 24, 1, 1))
+        adapter.applied(adapter.make_prompt(PromptSource(kind="text", value="words"), [24], 1))
     (seen,) = read_back
     assert seen.packed_by == "compressed-tensors"
     for dtypes, wrong in [

@@ -42,7 +42,7 @@ def test_layers_that_keep_a_state_are_proven_beside_those_with_keys(
 ) -> None:
     model_id = saved(tmp_path, "lfm2", layer_types=["conv", "full_attention"])
     adapter, _ = prepared(model_id, SCENARIO, cache=cache)
-    prompt = adapter.make_prompt(TEXT, 48, 1, 1)
+    prompt = adapter.make_prompt(TEXT, [48], 1)
     applied = adapter.applied(prompt)
     assert applied.mismatches == ()
     assert applied.values["layers"] == ["LinearAttentionLayer", f"{kept} float32 cpu"]
@@ -85,7 +85,7 @@ def test_without_a_cache_to_read_back_nothing_is_proven(prepared: Prepared, tmp_
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     adapter, _ = prepared(str(tmp_path), SCENARIO, attention="eager")
     with pytest.raises(EngineError, match="hands back no cache") as caught:
-        adapter.applied(adapter.make_prompt(TEXT, 48, 1, 1))
+        adapter.applied(adapter.make_prompt(TEXT, [48], 1))
     assert caught.value.kind == "unsupported"
 
 

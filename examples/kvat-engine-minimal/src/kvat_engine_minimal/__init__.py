@@ -55,7 +55,7 @@ class MinimalEngine(Engine):
         target = Target(model=ModelRef(id=plan.model.id), device=plan.machine.device)
         runs = [
             (
-                (scenario.prompt_tokens, scenario.output_tokens, scenario.batch_size),
+                (scenario.prompt_lengths, scenario.output_tokens),
                 self.recipe(plan.require_winner().settings, scenario, target).arguments,
             )
             for scenario in plan.profile.scenarios
@@ -76,8 +76,9 @@ from kvat_engine_minimal.adapter import generate
 
 RUNS = {runs}
 
-for (prompt_tokens, output_tokens, batch_size), arguments in RUNS:
-    prompts = [("any text will do, " * prompt_tokens)[:prompt_tokens]] * batch_size
+for (prompt_lengths, output_tokens), arguments in RUNS:
+    prompt_tokens, batch_size = max(prompt_lengths), len(prompt_lengths)
+    prompts = [("any text will do, " * length)[:length] for length in prompt_lengths]
     times_s = generate(prompts, output_tokens, **arguments).times_s
     decode_tps = batch_size * (output_tokens - 1) / (times_s[-1] - times_s[0])
     print(

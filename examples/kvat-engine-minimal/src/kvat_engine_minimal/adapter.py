@@ -29,11 +29,14 @@ class MinimalAdapter(EngineAdapter):
     ) -> None:
         """Nothing to load: this engine learns from the prompt."""
 
-    def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> list[str]:
+    def make_prompt(self, source: PromptSource, tokens: Sequence[int], nonce: int) -> list[str]:
         """The source's text over and over; in front the nonce, its fastest digits first."""
         text = source.value or " "
-        starts = (f"{nonce:x}"[::-1] + f" {row} " for row in range(batch))
-        return [(start + "".join(islice(cycle(text), tokens)))[:tokens] for start in starts]
+        starts = (f"{nonce:x}"[::-1] + f" {row} " for row in range(len(tokens)))
+        return [
+            (start + "".join(islice(cycle(text), length)))[:length]
+            for start, length in zip(starts, tokens, strict=True)
+        ]
 
     def prepare_cache(self, strategy: Recipe) -> None:
         """Every call makes its own cache, so there is no state to undo."""

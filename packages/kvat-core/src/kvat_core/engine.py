@@ -258,11 +258,14 @@ class EngineAdapter(ABC):
         """
 
     @abstractmethod
-    def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> Prompt:
-        """Build `batch` prompts of exactly `tokens` tokens each, outside any timed window.
+    def make_prompt(self, source: PromptSource, tokens: Sequence[int], nonce: int) -> Prompt:
+        """Build a batch of prompts of exactly these lengths, outside any timed window.
+
+        Padding, where an engine needs any, is its own business and counts in no timeline.
 
         Args:
             source: where the text comes from; ``text`` and ``preset`` carry it in `value`.
+            tokens: of each prompt; they differ only in scenarios that say so.
             nonce: prompts with different nonces differ from their first tokens on, so that no prefix
                 cache can hit by accident; equal arguments give equal prompts.
         """
@@ -276,7 +279,7 @@ class EngineAdapter(ABC):
         """The timed call: exactly `max_new_tokens` tokens per prompt, by the prepared recipe.
 
         Returns a timeline whose counts are what really happened; core rejects wrong ones. Requests that moved in step
-        are told once, with their number as `count`.
+        and have equal counts are told once, with their number as `count`.
         """
 
     def tokens_seen(self) -> int | None:

@@ -39,6 +39,7 @@ import sys
 import time
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -94,10 +95,11 @@ class _Prompt:
 
     nonce: int
     texts: tuple[str, ...]
+    lengths: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        return len(self.texts[0].split())
+        return max(self.lengths)
 
 
 # What each setting does ---------------------------------------------------------------------------
@@ -379,10 +381,10 @@ class _ScriptedAdapter(EngineAdapter):
         if self._behaviour.chatty:
             _chatter()
 
-    def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> _Prompt:
+    def make_prompt(self, source: PromptSource, tokens: Sequence[int], nonce: int) -> _Prompt:
         words = (source.value or "").split()
-        texts = (" ".join([f"{nonce}.{row}", *islice(cycle(words), tokens - 1)]) for row in range(batch))
-        return _Prompt(nonce, tuple(texts))
+        texts = (" ".join([f"{nonce}.{row}", *islice(cycle(words), one - 1)]) for row, one in enumerate(tokens))
+        return _Prompt(nonce, tuple(texts), tuple(tokens))
 
     def prepare_cache(self, strategy: Recipe) -> None:
         self._recipe = strategy
@@ -435,18 +437,22 @@ class _ScriptedAdapter(EngineAdapter):
         batch_size, positions = len(prompt.texts), prompt.tokens + output_tokens
         self._occupy(batch_size, positions)
         ttft_s, token_gaps_s = self._times(prompt, output_tokens)
-        request = RequestTiming(
-            prompt_tokens=prompt.tokens,
-            output_tokens=output_tokens,
-            ttft_s=ttft_s,
-            e2e_s=ttft_s + sum(token_gaps_s),
-            token_gaps_s=token_gaps_s if self._clock == "host" else None,
-            count=batch_size,
+        e2e_s = ttft_s + sum(token_gaps_s)
+        requests = (
+            RequestTiming(
+                prompt_tokens=tokens,
+                output_tokens=output_tokens,
+                ttft_s=ttft_s,
+                e2e_s=e2e_s,
+                token_gaps_s=token_gaps_s if self._clock == "host" else None,
+                count=count,
+            )
+            for tokens, count in Counter(prompt.lengths).items()
         )
         return Timeline(
             clock=self._clock,
-            duration_s=request.e2e_s,
-            requests=(request,),
+            duration_s=e2e_s,
+            requests=tuple(requests),
             compilations=self._compile((batch_size, positions)),
         )
 
@@ -598,7 +604,7 @@ import os
 from pathlib import Path
 
 from kvat_core.fake import {engine}
-from kvat_core.schema import PromptSource, Recipe
+from kvat_core.schema import PromptSource, Recipe, Scenario
 
 RUNS = \\
 {runs}
@@ -609,8 +615,8 @@ for scenario, recipe in RUNS:
     adapter.load_model(**recipe["load"])
     adapter.prepare_cache(Recipe(**recipe))
     text = PromptSource(kind="text", value="any text will do")
-    prompt = adapter.make_prompt(text, scenario["prompt_tokens"], scenario["batch_size"], nonce=0)
-    request = adapter.run_decode(prompt, scenario["output_tokens"]).requests[0]
+    prompt = adapter.make_prompt(text, Scenario(**scenario).prompt_lengths, nonce=0)
+    request = adapter.run_decode(prompt, scenario["output_tokens"]).requests[-1]
     adapter.cleanup()
     decode_tps = scenario["batch_size"] * (request.output_tokens - 1) / (request.e2e_s - request.ttft_s)
     print(

@@ -92,9 +92,11 @@ def invalid_reason(timeline: Timeline, scenario: Scenario) -> str | None:
     """
     if batch_size(timeline) != scenario.batch_size:
         return f"{batch_size(timeline)} requests instead of {scenario.batch_size}"
+    prompts = sorted(request.prompt_tokens for request in timeline.requests for _ in range(request.count))
+    for found, wanted in zip(prompts, sorted(scenario.prompt_lengths), strict=True):
+        if found != wanted:
+            return f"{found} prompt tokens instead of {wanted}"
     for request in timeline.requests:
-        if request.prompt_tokens != scenario.prompt_tokens:
-            return f"{request.prompt_tokens} prompt tokens instead of {scenario.prompt_tokens}"
         if request.output_tokens != scenario.output_tokens:
             return f"{request.output_tokens} output tokens instead of {scenario.output_tokens}"
         gaps = request.token_gaps_s

@@ -412,6 +412,7 @@ def _scenario_results(run: Run, entry: CandidateEntry) -> list[ScenarioResult]:
                 prompt_tokens=scenario.prompt_tokens,
                 output_tokens=scenario.output_tokens,
                 batch_size=scenario.batch_size,
+                shortest_prompt_tokens=scenario.shortest_prompt_tokens,
                 ttft_s=ttft_s,
                 tpot_s=_estimate(rounds, metrics.tpot_s),
                 decode_tps=decode_tps,

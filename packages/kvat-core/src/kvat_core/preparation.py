@@ -94,6 +94,8 @@ class TuneRequest:
     """Prompt lengths in tokens that replace the profile's."""
     batches: tuple[int, ...] = ()
     """Batch sizes that replace the profile's."""
+    shortest_prompt_tokens: int | None = None
+    """Of each batch, the shortest prompt: lengths are spread evenly up to the scenario's; None = the profile's."""
     limits: Limits = field(default_factory=Limits)
     """Those that are set replace the profile's."""
     max_context: int | Literal["auto", "off"] = "auto"
@@ -217,6 +219,7 @@ def _look(
         preset=asked.profile in profiles.presets().values(),
         contexts=request.contexts,
         batches=request.batches,
+        shortest_prompt_tokens=request.shortest_prompt_tokens,
         max_context_tokens=shape.max_context_tokens,
     )
     fitted = fitted.model_copy(update={"limits": fitted.limits.replaced_by(request.limits)})

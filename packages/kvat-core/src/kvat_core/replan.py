@@ -80,6 +80,7 @@ def _asked_for(profile: Profile, run: Run, journal: Path) -> Run:
         preset=profile in profiles.presets().values(),
         contexts=(),
         batches=(),
+        shortest_prompt_tokens=None,
         max_context_tokens=shape.max_context_tokens,
     )
     if missing := [one.key for one in fitted.scenarios if one.key not in run.scenarios]:

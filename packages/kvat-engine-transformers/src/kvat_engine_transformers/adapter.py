@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from kvat_engine_transformers import actions, batching, forcing, handover, lefto
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
-from kvat_engine_transformers.prompts import prompt_ids, text_ids
+from kvat_engine_transformers.prompts import model_inputs, prompt_ids, text_ids, unpadded
 from kvat_engine_transformers.random_model import build_random_model
 from kvat_engine_transformers.recipes import STEP_TOKENS
 
@@ -33,7 +34,7 @@ class Call(NamedTuple):
 
     tokens: torch.Tensor
     """Prompt and output, batch × tokens."""
-    prompt_tokens: int
+    prompt: torch.Tensor
     clock: Literal["host", "device"]
     token_s: list[list[float]]
     """Of each request; where all move in step, once."""
@@ -82,9 +83,9 @@ class TransformersAdapter(EngineAdapter):
         self._ordinary_ids = [token for token in range(self._vocabulary()) if token not in special]
         self._text_ids.clear()
 
-    def make_prompt(self, source: PromptSource, tokens: int, batch: int, nonce: int) -> torch.Tensor:
+    def make_prompt(self, source: PromptSource, tokens: Sequence[int], nonce: int) -> torch.Tensor:
         self._clock = self._watch = None  # the call before is over
-        rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, batch=batch, nonce=nonce)
+        rows = prompt_ids(self._ids(source), self._ordinary_ids, tokens=tokens, nonce=nonce)
         with translated():
             return torch.tensor(rows, device=self.model.device)
 
@@ -183,7 +184,7 @@ class TransformersAdapter(EngineAdapter):
             return by_recipe(prompt, max_new_tokens)
 
     def _generate_batch(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
-        rows, arguments = prompt.tolist(), self._arguments(max_new_tokens)
+        rows, arguments = unpadded(prompt), self._arguments(max_new_tokens)
         graphs = proof.compiled_graphs()
         with batching.watched(self.model) as self._watch:
             _synchronize(self.model.device)
@@ -192,10 +193,10 @@ class TransformersAdapter(EngineAdapter):
             duration_s = (time.perf_counter_ns() - start_ns) / 1e9
             pool = self._watch.pool
         self._cache_bytes = None if pool is None else pool.nbytes
-        tokens = [row + answer.output_ids for row, answer in zip(rows, answers, strict=True)]
+        tokens = [row + answer.output_ids for row, answer in zip(prompt.tolist(), answers, strict=True)]
         return Call(
             tokens=torch.tensor(tokens),
-            prompt_tokens=prompt.shape[1],
+            prompt=prompt,
             clock="host",
             token_s=[[at - start_ns / 1e9 for at in answer.token_s] for answer in answers],
             duration_s=duration_s,
@@ -208,7 +209,7 @@ class TransformersAdapter(EngineAdapter):
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         generate: Any = self.model.generate
         graphs = proof.compiled_graphs()
-        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        inputs = model_inputs(prompt)
         self._clock = clock = clock_for(self.model.device)
         _synchronize(self.model.device)
         start_ns = time.perf_counter_ns()
@@ -220,7 +221,7 @@ class TransformersAdapter(EngineAdapter):
         tokens, cache = _unpack(output)
         self._look_at(cache, prompt, max_new_tokens)
         compilations = proof.compiled_graphs() - graphs
-        return Call(tokens, prompt.shape[1], clock.kind, [token_s], duration_s, compilations)
+        return Call(tokens, prompt, clock.kind, [token_s], duration_s, compilations)
 
     def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
         """Size up the cache that a call has left, beside what it should be.
@@ -295,14 +296,14 @@ def _timeline(call: Call) -> Timeline:
     """Requests of a batch that share their steps share their times, which are told once."""
     requests = (
         RequestTiming(
-            prompt_tokens=call.prompt_tokens,
-            output_tokens=call.tokens.shape[1] - call.prompt_tokens,
+            prompt_tokens=prompt_tokens,
+            output_tokens=call.tokens.shape[1] - call.prompt.shape[1],
             ttft_s=token_s[0],
             e2e_s=token_s[-1],
             token_gaps_s=tuple(later - earlier for earlier, later in pairwise(token_s)),
-            count=call.tokens.shape[0] // len(call.token_s),
+            count=count,
         )
-        for token_s in call.token_s
+        for prompt_tokens, count, token_s in _told(call)
     )
     return Timeline(
         clock=call.clock,
@@ -310,6 +311,14 @@ def _timeline(call: Call) -> Timeline:
         requests=tuple(requests),
         compilations=call.compilations,
     )
+
+
+def _told(call: Call) -> list[tuple[int, int, list[float]]]:
+    """Prompt tokens of requests that share their figures, their number, and when their tokens came."""
+    lengths = [len(row) for row in unpadded(call.prompt)]
+    if len(call.token_s) == 1:
+        return [(tokens, count, call.token_s[0]) for tokens, count in Counter(lengths).items()]
+    return [(tokens, 1, token_s) for tokens, token_s in zip(lengths, call.token_s, strict=True)]
 
 
 def _unpack(output: Any) -> tuple[torch.Tensor, Cache | None]:

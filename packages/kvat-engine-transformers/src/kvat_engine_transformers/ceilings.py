@@ -67,7 +67,7 @@ def _first_call_bytes(threads: int | None, dtype: str) -> int:
     adapter.load_model(**load)
     adapter.prepare_cache(first)
     before = memory.resident_bytes()
-    prompt = adapter.make_prompt(PromptSource(kind="text", value="first call"), _FIRST_CALL_TOKENS, 1, 0)
+    prompt = adapter.make_prompt(PromptSource(kind="text", value="first call"), [_FIRST_CALL_TOKENS], 0)
     adapter.run_decode(prompt, scenario.output_tokens)
     return max(0, memory.resident_bytes() - before)
 

@@ -49,7 +49,7 @@ def from_text(text: str) -> EngineError | None:
     if "No viable backend for scaled_dot_product_attention" in text:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
     if "No available kernel" in text:
-        return EngineError("unsupported", "the forced attention kernel cannot serve this model on this device")
+        return EngineError("unsupported", "the forced attention kernel cannot serve this model or mask on this device")
     if "ignore_mismatched_sizes" in text:
         return EngineError("error", "the weights do not have the shapes that config.json says; fetch both again")
     if "No working C++ compiler" in text:

@@ -25,12 +25,15 @@ def generate(model, input_ids, max_new_tokens, **options):
 '''
 
 _GENERATE_BATCH = '''\
-def answers(model, input_ids, max_new_tokens, **options):
+def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     """Answers of Transformers' continuous batching, in the order of the prompts, with the time of each token.
 
-    `options` change its generation config and come before what was measured, `do_sample=True` for example.
+    `options` change its generation config and come before what was measured, `do_sample=True` for example. Where
+    `attention_mask` is 0 there is no token: nothing is padded here.
     """
     prompts = input_ids.tolist()
+    if attention_mask is not None:
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
     pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
     config = copy.deepcopy(model.generation_config)
     config.update(**{{**{generation}, "max_new_tokens": max_new_tokens, **options}})

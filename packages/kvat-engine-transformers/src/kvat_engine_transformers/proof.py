@@ -21,6 +21,7 @@ from kvat_core.engine import EngineError
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions, batching
 from kvat_engine_transformers.knobs import DTYPES
+from kvat_engine_transformers.prompts import model_inputs, unpadded
 from kvat_engine_transformers.quantisation import packed_by
 
 # Otherwise the profiler writes a line to stderr whenever it starts and stops.
@@ -146,7 +147,7 @@ def observe(
 
     Args:
         model: the live model.
-        prompt: ids, batch × tokens.
+        prompt: ids, batch × tokens, with `PAD` where a row has none.
         recipe: whose contexts have been entered.
         arguments: of its call.
         graphs_before: `compiled_graphs` before the first call of the recipe.
@@ -158,7 +159,7 @@ def observe(
         return _observe_batch(model, prompt, arguments, graphs_before)
     generate: Any = model.generate
     witness = _Witness()
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    inputs = model_inputs(prompt)
     if recipe.compiles:
         # Compiled beforehand, because tracing calls kernels that the compiled graph does not.
         generate(**inputs, **arguments)
@@ -197,7 +198,7 @@ def _observe_batch(
         batching.watched(model) as watch,
         profile(activities=_activities(model.device), experimental_config=everywhere) as profiler,
     ):
-        batching.generate(model, prompt.tolist(), arguments)
+        batching.generate(model, unpadded(prompt), arguments)
     if watch.pool is None:
         raise EngineError("unsupported", "generate_batch left no pool that could prove what ran")
     return Seen(

@@ -37,8 +37,8 @@ os.environ.update({environment})
 import torch
 {imports}
 {model_constant}
-# Prompt tokens, output tokens, batch size; by total length, because Transformers keeps the largest static cache
-# of a process and would give a shorter scenario the longer one's.
+# Prompt tokens, output tokens, batch size{shortest_too}; by total length, because Transformers keeps the largest
+# static cache of a process and would give a shorter scenario the longer one's.
 SCENARIOS = {scenarios}
 # As in a launch of the plan: calls before the clock, and timed calls whose median counts.
 WARMUP = {warmup}
@@ -52,12 +52,12 @@ def load({load_parameter}):
 
 {generate}
 
-{clock}def measure(model, prompt_tokens, output_tokens, batch_size):
+{clock}def measure(model, {shape}):
     """Time calls of an exact length; return the median TTFT and the median decode rate."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     input_ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(model.device)
-    ttft_s, decode_tps = [], []
+{mask}    ttft_s, decode_tps = [], []
     for _ in range(WARMUP + SAMPLES):
 {timed}
         decode_tps.append(batch_size * (output_tokens - 1) / (last_s - first_s))
@@ -67,10 +67,10 @@ def load({load_parameter}):
 def main():
     """Print one line per scenario."""
 {check}    model = load({load_call})
-    for prompt_tokens, output_tokens, batch_size in SCENARIOS:
-{reset}        ttft_s, decode_tps = measure(model, prompt_tokens, output_tokens, batch_size)
+    for {shape} in SCENARIOS:
+{reset}        ttft_s, decode_tps = measure(model, {shape})
         shape = f"prompt_tokens={{prompt_tokens}} output_tokens={{output_tokens}} batch_size={{batch_size}}"
-        print(f"{{shape}} ttft_s={{ttft_s:.6f}} decode_tps={{decode_tps:.3f}}")
+{shown_shortest}        print(f"{{shape}} ttft_s={{ttft_s:.6f}} decode_tps={{decode_tps:.3f}}")
 
 
 if __name__ == "__main__":
@@ -100,15 +100,25 @@ class TokenClock:
 _TIMED = """\
         clock = TokenClock()
         start_s = time.perf_counter()
-        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock)
+        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock{masked})
         first_s, last_s = clock.times_s[1], clock.times_s[-1]
         ttft_s.append(first_s - start_s)"""
 
 _TIMED_BATCH = """\
         start_s = time.perf_counter()
-        times_s = [answer.timestamps for answer in answers(model, input_ids, output_tokens, eos_token_id=-1)]
+        times_s = [one.timestamps for one in answers(model, input_ids, output_tokens, eos_token_id=-1{masked})]
         first_s, last_s = min(one[0] for one in times_s), max(one[-1] for one in times_s)
         ttft_s.append(max(one[0] for one in times_s) - start_s)"""
+
+_MASK = """\
+    # Lengths are spread evenly; the shorter prompts are padded on the left.
+    lengths = shortest_tokens + torch.arange(batch_size) * (prompt_tokens - shortest_tokens) // max(1, batch_size - 1)
+    mask = (torch.arange(prompt_tokens) >= prompt_tokens - lengths[:, None]).long().to(model.device)
+"""
+
+_SHOWN_SHORTEST = """\
+        shape += f" shortest_prompt_tokens={shortest_tokens}"
+"""
 
 _CHECK = """\
     directory = sys.argv[1] if len(sys.argv) > 1 else MODEL
@@ -141,6 +151,8 @@ def render(plan: Plan) -> str:
     # that is longer than a shorter prompt changes nothing of it.
     shown = recipe(winner.settings, scenarios[-1], target)
     batched = shown.call == "generate_batch"
+    unequal = any(scenario.shortest_prompt_tokens for scenario in scenarios)
+    timed = (_TIMED_BATCH if batched else _TIMED).format(masked=", attention_mask=mask" if unequal else "")
     path = plan.model.id.removeprefix(RANDOM)
     local = path.startswith("./")
     return _TEMPLATE.format(
@@ -156,12 +168,16 @@ def render(plan: Plan) -> str:
         environment=literal(shown.environment),
         imports="\n".join(_imports(plan.model.id, shown)),
         model_constant=_model_constant(path if local else plan.model.id, local),
-        scenarios=_scenarios(scenarios),
+        scenarios=_scenarios(scenarios, unequal),
+        shape=f"prompt_tokens, output_tokens, batch_size{', shortest_tokens' if unequal else ''}",
+        shortest_too=", tokens of the shortest prompt" if unequal else "",
+        mask=_MASK if unequal else "",
+        shown_shortest=_SHOWN_SHORTEST if unequal else "",
         reset=_RESET if shown.compiles else "",
         load_body="\n".join([*_threads_line(shown), *_load_body(plan.model, local, shown)]),
         generate=handover.source(shown, STEP_TOKENS),
         clock="" if batched else _CLOCK.lstrip("\n"),
-        timed=_TIMED_BATCH if batched else _TIMED,
+        timed=timed,
         # The proof call of a launch warms up as well.
         warmup=1 + shown.warmup_calls(plan.profile.warmup),
         samples=plan.profile.samples,
@@ -173,8 +189,9 @@ def _prose(text: str) -> str:
     return " ".join(text.replace("\\", "/").replace('"', "'").split())
 
 
-def _scenarios(scenarios: Iterable[Scenario]) -> str:
-    return literal([(one.prompt_tokens, one.output_tokens, one.batch_size) for one in scenarios])
+def _scenarios(scenarios: Iterable[Scenario], unequal: bool) -> str:
+    shapes = [(one.prompt_tokens, one.output_tokens, one.batch_size, one.prompt_lengths[0]) for one in scenarios]
+    return literal(shapes if unequal else [shape[:3] for shape in shapes])
 
 
 def _imports(model_id: str, shown: Recipe) -> list[str]:

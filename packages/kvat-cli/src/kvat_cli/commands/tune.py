@@ -30,6 +30,9 @@ def tune(
         str | None, typer.Option(metavar="N,N", help="Prompt lengths in tokens instead of the profile's.")
     ] = None,
     batch: Annotated[str | None, typer.Option(metavar="N,N", help="Batch sizes instead of the profile's.")] = None,
+    shortest: Annotated[
+        int | None, typer.Option(min=1, help="Shortest prompt of a batch, in tokens: unequal ones, up to the longest.")
+    ] = None,
     space: Annotated[Literal["safe", "default", "full"], typer.Option(help="How much to try.")] = "safe",
     pin: Annotated[
         Pairs, typer.Option("--set", metavar="KNOB=V", help="Give every candidate this value; repeatable.")
@@ -114,6 +117,7 @@ def tune(
         profile=profile,
         contexts=whole_numbers("--context", context, "2048,4096"),
         batches=whole_numbers("--batch", batch, "1,4,8"),
+        shortest_prompt_tokens=shortest,
         space=space,
         pinned=settings("--set", pin),
         excluded=pairs("--exclude", exclude),

@@ -52,8 +52,7 @@ class Bench:
         name = f"{self.run.header.seed}/{round_number}/{scenario.key}/{index}"
         return PromptSpec(
             source=self.source,
-            tokens=scenario.prompt_tokens,
-            batch=scenario.batch_size,
+            tokens=scenario.prompt_lengths,
             nonce=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"),
         )
 

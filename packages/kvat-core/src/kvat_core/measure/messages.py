@@ -69,8 +69,7 @@ class PromptSpec(Record):
     """What `make_prompt` needs; the text travels only here."""
 
     source: PromptSource
-    tokens: int
-    batch: int
+    tokens: tuple[int, ...] = Field(description="of each prompt")
     nonce: int
 
 

@@ -18,8 +18,9 @@ def score(task: ScoreTask, adapter: EngineAdapter) -> Scored:
         EngineError: the adapter cannot force tokens, or what it predicts is no probability.
     """
     spec = task.prompt
-    whole = adapter.token_ids(adapter.make_prompt(spec.source, spec.tokens + task.text_steps, spec.batch, spec.nonce))
-    prompt, text = whole[:, : spec.tokens], whole[:, spec.tokens :]
+    lengths = [tokens + task.text_steps for tokens in spec.tokens]
+    whole = adapter.token_ids(adapter.make_prompt(spec.source, lengths, spec.nonce))
+    prompt, text = whole[:, : -task.text_steps], whole[:, -task.text_steps :]
     predicted, _ = adapter.score(prompt, task.text_steps, text)
     against = None if task.against is None else Reference.load(Path(task.against))
     if task.keep is None:

@@ -107,7 +107,7 @@ class Worker:
 
     def _prompt(self, arguments: dict[str, Any]) -> Prompt:
         spec = PromptSpec.model_validate(arguments)
-        return self.adapter.make_prompt(spec.source, spec.tokens, spec.batch, spec.nonce)
+        return self.adapter.make_prompt(spec.source, spec.tokens, spec.nonce)
 
 
 def _reason(operation: messages.Operation, error: Exception) -> str:

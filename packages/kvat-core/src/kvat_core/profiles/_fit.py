@@ -14,6 +14,7 @@ def fit(
     preset: bool,
     contexts: Sequence[int],
     batches: Sequence[int],
+    shortest_prompt_tokens: int | None,
     max_context_tokens: int | None,
 ) -> tuple[Profile, tuple[str, ...]]:
     """The profile with the lengths and batch sizes asked for, within what the model can hold.
@@ -22,6 +23,7 @@ def fit(
         preset: whether kvat chose the lengths; only then they may be cut.
         contexts: prompt lengths in tokens that replace the profile's; empty = its own.
         batches: batch sizes that replace the profile's; empty = its own.
+        shortest_prompt_tokens: of each batch, the shortest prompt; None = as in the profile.
         max_context_tokens: longest position of the model; None = unknown, nothing is checked.
 
     Returns:
@@ -34,7 +36,9 @@ def fit(
     if contexts:
         scenarios = _with_contexts(scenarios, sorted(set(contexts)))
     if batches:
-        scenarios = [one.model_copy(update={"batch_size": size}) for size in sorted(set(batches)) for one in scenarios]
+        scenarios = [one.reshaped(batch_size=size) for size in sorted(set(batches)) for one in scenarios]
+    if shortest_prompt_tokens is not None:
+        scenarios = _with_shortest(scenarios, shortest_prompt_tokens)
     notes: list[str] = []
     if max_context_tokens is not None:
         may_cut = preset and not contexts
@@ -48,8 +52,21 @@ def _with_contexts(scenarios: list[Scenario], contexts: list[int]) -> list[Scena
     last = len(by_length) - 1
     steps = max(1, len(contexts) - 1)
     return [
-        by_length[round(index * last / steps)].model_copy(update={"prompt_tokens": context})
-        for index, context in enumerate(contexts)
+        by_length[round(index * last / steps)].reshaped(prompt_tokens=context) for index, context in enumerate(contexts)
+    ]
+
+
+def _with_shortest(scenarios: list[Scenario], shortest_tokens: int) -> list[Scenario]:
+    """Batches get unequal prompts; a single request stays as it is."""
+    batches = [scenario for scenario in scenarios if scenario.batch_size > 1]
+    if not batches:
+        raise UsageError("--shortest is of a batch, and every batch size is 1; ask for larger ones with --batch")
+    longest = min(scenario.prompt_tokens for scenario in batches)
+    if shortest_tokens >= longest:
+        raise UsageError(f"--shortest {shortest_tokens} is not less than the {longest} prompt tokens of a scenario")
+    return [
+        scenario.model_copy(update={"shortest_prompt_tokens": shortest_tokens}) if scenario.batch_size > 1 else scenario
+        for scenario in scenarios
     ]
 
 
@@ -62,7 +79,7 @@ def _within(scenario: Scenario, limit: int, may_cut: bool, notes: list[str]) -> 
             f"{limit}; ask for a shorter --context or edit the profile"
         )
     output = min(scenario.output_tokens, limit // 2)
-    cut = scenario.model_copy(update={"prompt_tokens": limit - output, "output_tokens": output})
+    cut = scenario.reshaped(prompt_tokens=limit - output).model_copy(update={"output_tokens": output})
     notes.append(f"scenario {scenario.key} was cut to {cut.key}: the model holds {limit} tokens")
     return cut
 

@@ -16,7 +16,7 @@ from kvat_core.schema.fallback import Rule, Situation, needed_bytes
 from kvat_core.schema.fidelity import CanaryVerdict, FidelityVerdict
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Failure
-from kvat_core.schema.workload import Profile
+from kvat_core.schema.workload import Profile, Scenario
 
 State = Literal["ok", "failed", "excluded", "pruned", "not_reached", "undecided"]
 Verdict = Literal["better", "tie", "undecided", "infeasible"]
@@ -75,6 +75,9 @@ class ScenarioResult(Record):
     prompt_tokens: int
     output_tokens: int
     batch_size: int
+    shortest_prompt_tokens: int | None = Field(
+        default=None, description="of a batch of unequal prompts, which are spread evenly from it to the longest"
+    )
     ttft_s: Estimate
     tpot_s: Estimate
     decode_tps: Estimate
@@ -96,6 +99,14 @@ class ScenarioResult(Record):
     flop_use: float | None = Field(
         default=None, description="operations of prefill ÷ (ttft_s · the best rate of a large matrix product)"
     )
+
+    @property
+    def key(self) -> str:
+        """Name of the scenario, as in its profile."""
+        return Scenario.model_validate(self.model_dump(include=_SHAPE)).key
+
+
+_SHAPE = {"prompt_tokens", "output_tokens", "batch_size", "shortest_prompt_tokens"}
 
 
 class LimitResult(Record):

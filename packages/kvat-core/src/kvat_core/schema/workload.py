@@ -12,19 +12,33 @@ from kvat_core.schema._base import FORMAT, Record
 
 
 class Scenario(Record):
-    """One shape of request: a closed batch of equal prompts with an exact number of output tokens."""
+    """One shape of request: a closed batch of prompts with an exact number of output tokens each."""
 
-    prompt_tokens: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1, description="of a batch of unequal prompts, those of the longest")
     output_tokens: int = Field(ge=2, description="at least 2: a decode rate needs a gap between two tokens")
     batch_size: int = Field(default=1, ge=1)
+    shortest_prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="of a batch, the shortest prompt: lengths are spread evenly from it to the longest, and an engine "
+        "that computes them together pads them on the left; null = all are equal",
+    )
     weight: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="share of this shape in the traffic, relative to the others"
     )
 
+    @model_validator(mode="after")
+    def _unequal_in_a_batch(self) -> Self:
+        shortest = self.shortest_prompt_tokens
+        if shortest is not None and (self.batch_size < 2 or shortest >= self.prompt_tokens):
+            raise ValueError("shortest_prompt_tokens is of a batch of 2 or more, and less than prompt_tokens")
+        return self
+
     @property
     def key(self) -> str:
         """Name of the shape in journal and report, independent of its weight."""
-        return f"{self.prompt_tokens}+{self.output_tokens}x{self.batch_size}"
+        unequal = "" if self.shortest_prompt_tokens is None else f"from{self.shortest_prompt_tokens}"
+        return f"{self.prompt_tokens}+{self.output_tokens}x{self.batch_size}{unequal}"
 
     @classmethod
     def of_key(cls, key: str) -> Scenario:
@@ -33,15 +47,30 @@ class Scenario(Record):
         Raises:
             ValueError: no shape has it.
         """
-        if (found := re.fullmatch(r"(\d+)\+(\d+)x(\d+)", key)) is None:
+        if (found := re.fullmatch(r"(\d+)\+(\d+)x(\d+)(?:from(\d+))?", key)) is None:
             raise ValueError(f"{key!r} names no scenario")
-        prompt, output, batch = map(int, found.groups())
-        return cls(prompt_tokens=prompt, output_tokens=output, batch_size=batch)
+        prompt, output, batch = map(int, found.groups()[:3])
+        shortest = None if found[4] is None else int(found[4])
+        return cls(prompt_tokens=prompt, output_tokens=output, batch_size=batch, shortest_prompt_tokens=shortest)
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt of the batch, the shortest first."""
+        shortest = self.prompt_tokens if self.shortest_prompt_tokens is None else self.shortest_prompt_tokens
+        steps = max(1, self.batch_size - 1)
+        return tuple(shortest + row * (self.prompt_tokens - shortest) // steps for row in range(self.batch_size))
 
     @property
     def total_tokens(self) -> int:
-        """Positions that one request occupies in the cache."""
+        """Positions that one request occupies in the cache, padding included."""
         return self.prompt_tokens + self.output_tokens
+
+    def reshaped(self, *, prompt_tokens: int | None = None, batch_size: int | None = None) -> Scenario:
+        """The same with another longest prompt or batch; the shortest prompt keeps its share of the longest."""
+        longest, size = prompt_tokens or self.prompt_tokens, batch_size or self.batch_size
+        shortest = self.shortest_prompt_tokens and max(1, self.shortest_prompt_tokens * longest // self.prompt_tokens)
+        unequal = shortest if size > 1 and shortest is not None and shortest < longest else None
+        return self.model_copy(update={"prompt_tokens": longest, "batch_size": size, "shortest_prompt_tokens": unequal})
 
 
 class Objective(Record):
@@ -152,7 +181,7 @@ class Profile(Record):
     @classmethod
     def _distinct(cls, scenarios: tuple[Scenario, ...]) -> tuple[Scenario, ...]:
         if len({scenario.key for scenario in scenarios}) < len(scenarios):
-            raise ValueError("two scenarios have the same prompt, output and batch size")
+            raise ValueError("two scenarios have the same prompts, output and batch size")
         return scenarios
 
     def redacted(self) -> Profile:
