@@ -45,10 +45,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Probe, SpaceRequest
@@ -68,6 +66,10 @@ from kvat_core.schema import (
     Target,
     Timeline,
 )
+
+if TYPE_CHECKING:  # the light half must not import what only predictions need
+    import numpy as np
+    from numpy.typing import NDArray
 
 _SHAPE = ModelShape(
     architecture="fake",
@@ -510,12 +512,16 @@ class _InProcessAdapter(_ScriptedAdapter):
         self._longest = 0
 
     def token_ids(self, prompt: _Prompt) -> NDArray[np.int64]:
+        import numpy as np
+
         rows = [[zlib.crc32(word.encode()) % _VOCABULARY for word in text.split()] for text in prompt.texts]
         return np.array(rows, dtype=np.int64)
 
     def score(
         self, ids: NDArray[np.int64], steps: int, forced: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        import numpy as np
+
         seen, logprobs = [list(row) for row in ids.tolist()], []
         for step in range(steps):
             logprobs.append(np.stack([self._predict(row, ids.shape[1]) for row in seen]))
@@ -534,6 +540,8 @@ class _InProcessAdapter(_ScriptedAdapter):
 
     def _predict(self, tokens: Sequence[int], prompt_tokens: int) -> NDArray[np.float32]:
         """Log-probabilities of the next token: all tokens so far have their say, the first as the last."""
+        import numpy as np
+
         forgets = self._behaviour.best_is == "forgetful" and self._is_best() and len(tokens) > prompt_tokens
         remembered = tokens[prompt_tokens // 10 :] if forgets else tokens
         random_numbers = np.random.default_rng(sum(remembered))
