@@ -11,10 +11,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 
 def rows() -> dict[str, set[str]]:
-    """Values by knob, from the first two columns of the table; an empty first cell continues the knob above."""
+    """Values by knob, from the first two columns of the first table; an empty first cell continues the knob above."""
     found: dict[str, set[str]] = {}
     knob = ""
-    for first, second in re.findall(r"^\| ([^|]*)\| ([^|]*)\|", PAGE.read_text(), re.MULTILINE):
+    table = PAGE.read_text().partition("\n## ")[0]
+    for first, second in re.findall(r"^\| ([^|]*)\| ([^|]*)\|", table, re.MULTILINE):
         knob = first.strip().strip("`") or knob
         found.setdefault(knob, set()).update(re.findall(r"`([^`]+)`", second))
     return {knob: values for knob, values in found.items() if values}
