@@ -167,7 +167,7 @@ def test_a_child_of_a_parent_without_standard_streams_answers() -> None:
         "os.closerange(0, 3)\n"
         "with WorkerProcess({}) as worker:\n"
         "    worker.call('start', {'engine': 'fake', 'scratch': None}, 'start', Limits(60))\n"
-        "    probe = worker.call('probe', {'device': None}, 'probe', Limits(60))\n"
+        "    probe = worker.call('probe', {'device': None, 'options': {}}, 'probe', Limits(60))\n"
         "os.write(told, probe['device'].encode())\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).stdout == b"cpu"

@@ -43,20 +43,25 @@ class Vetted:
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
-        # As a rule the winner is judged and gets its canary.
-        done = len(run.ended_launches("fidelity")) + len(run.ended_launches("canary"))
-        return self._search.remaining(run) + max(0, 2 - done)
+        left = self._search.remaining(run)
+        if all(entry.reference is None for entry in run.candidates):
+            return left
+        # Until it is known, the winner is one that has to be judged.
+        return left + (2 if left else len(self._orders_of_the_winner(run)))
 
     def _of_the_winner(self, run: Run) -> LaunchOrder | None:
+        return next(iter(self._orders_of_the_winner(run)), None)
+
+    def _orders_of_the_winner(self, run: Run) -> list[LaunchOrder]:
         decision = decide(run)
         if decision is None:
-            return None
+            return []
         winner = run.alias_of(decision.winner) or decision.winner
-        if _is_to_be_judged(run, winner):
-            return _judgement(run, winner)
+        orders = [_judgement(run, winner)] if _is_to_be_judged(run, winner) else []
         if run.entry(winner).reference is not None and winner not in run.canaries:
-            return _order(run, CANARY, "canary", Cell(candidate=winner, scenario=fidelity.canary_scene(run).key))
-        return None
+            scene = fidelity.canary_scene(run)
+            orders.append(_order(run, CANARY, "canary", Cell(candidate=winner, scenario=scene.key)))
+        return orders
 
 
 def _is_to_be_judged(run: Run, candidate_id: str) -> bool:
