@@ -54,6 +54,8 @@ def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TuneReque
         ("--min-decode-tps 20", Limits(min_decode_tps=Limit(value=20))),
         ("--min-decode-tps p95:20.5", Limits(min_decode_tps=Limit(value=20.5, percentile=95))),
         ("--min-context 32768", Limits(min_context_tokens=32768)),
+        ("--max-kl 0.05", Limits(max_kl_nats=0.05)),
+        ("--allow-lossy", Limits(allow_lossy=True)),
     ],
 )
 def test_limits_become_the_request(asked: Callable[..., TuneRequest], words: str, limits: Limits) -> None:
@@ -81,6 +83,7 @@ NUMBERS = ("0", "-1", "nan", "inf", "1e3", "", "x", "9" * 400)
         *[("--min-decode-tps", value) for value in (*NUMBERS, "20tok/s", "p100:20", "p95:")],
         *[("--min-context", value) for value in ("0", "-1", "many", "1.5")],
         *[("--max-context", value) for value in ("0", "-1", "many", "1.5", "")],
+        *[("--max-kl", value) for value in ("0", "-0.1", "nan", "inf", "some", "5%", "")],
     ],
 )
 def test_what_is_no_limit_is_refused_with_the_form_that_the_option_takes(kvat: Run, option: str, value: str) -> None:
@@ -96,6 +99,11 @@ def test_a_limit_without_its_unit_is_told_what_it_takes(kvat: Run) -> None:
     assert kvat("tune", "--max-ttft", "300").err == line
     line = "kvat: error: --max-ttft takes a percentile above p0, up to p99.999, e.g. p95; got 'p100'\n"
     assert kvat("tune", "--max-ttft", "p100:300ms").err == line
+
+
+def test_a_divergence_that_is_none_is_told_what_it_takes(kvat: Run) -> None:
+    line = "kvat: error: --max-kl takes a divergence in nats above 0, e.g. 0.05; got 0\n"
+    assert kvat("tune", "--max-kl", "0").err == line
 
 
 @pytest.fixture(scope="module")

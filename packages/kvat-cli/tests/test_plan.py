@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvat_core import read_plan
+from kvat_core.schema import Plan
 
 Run = Callable[..., Any]
 
@@ -66,6 +68,41 @@ def test_limits_can_be_given_afterwards(kvat: Run, tuned: Path) -> None:
     assert tight.code == 4
     assert "decide again for wider ones with kvat plan" in tight.err
     assert kvat("plan", "--journal", journal, "--max-ttft", "1000s").code == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of one finished run of weights that predict something, with caches that lose output."""
+    from kvat_cli.boundary import main
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    words = ("--engine", "fake", "--model", "fake:trained", "--space", "full", "--exclude", "graph=on")
+    assert main(["tune", *words, "--quiet", "--out", str(out)]) == 0
+    return out
+
+
+def test_what_may_be_lost_can_be_decided_afterwards(kvat: Run, trained: Path) -> None:
+    def eligible(*words: str) -> set[str | None]:
+        outcome = kvat("plan", "--journal", trained / "journal.jsonl", "--json", *words)
+        assert outcome.code == 0
+        found = Plan.model_validate_json(outcome.out).candidates
+        return {one.fidelity.verdict for one in found if one.fidelity.lossy and one.eligible}
+
+    assert eligible() == {"close"}
+    assert eligible("--max-kl", "1e-6") == set()
+    assert eligible("--allow-lossy") == {"close", "lossy"}
+
+
+def test_what_is_known_of_the_winner_s_output_is_a_line(kvat: Run, trained: Path, tuned: Path) -> None:
+    (line,) = (
+        line for line in kvat("plan", "--journal", trained / "journal.jsonl").out.splitlines() if "Output:" in line
+    )
+    assert re.fullmatch(
+        r"Output: exact \(over 320 forced tokens, KL \S+ nats, first choices agree in 100(\.0)? %\); "
+        r"requests leave nothing behind for the next\.",
+        line,
+    )
+    assert "Output:" not in kvat("plan", "--journal", tuned / "journal.jsonl").out
 
 
 def test_it_imports_no_engine(tuned: Path) -> None:
