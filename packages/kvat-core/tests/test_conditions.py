@@ -19,6 +19,7 @@ from kvat_core.planner import make_plan
 from kvat_core.probes import host
 from kvat_core.run import Run
 from kvat_core.schema import (
+    AnotherLength,
     Cell,
     CompileCost,
     Conditions,
@@ -164,7 +165,32 @@ def test_what_compiling_costs_is_kept_apart_cold_and_cached(make_run: MakeRun) -
     expected = CompileCost(first_call_s=20.0, cached_first_call_s=5.0, compile_s=18.5, break_even_requests=13)
     assert plan.candidate("compiled").scenarios[0].compile_cost == expected
     assert plan.candidate("today").scenarios[0].compile_cost is None
-    assert any("takes 20.0 s (5.0 s with a filled cache), won back after 13 requests" in note for note in plan.notes)
+    (note,) = [note for note in plan.notes if "compiles code" in note]
+    assert note.endswith("takes 20.0 s (5.0 s with a filled cache), won back after 13 requests")
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "graphs", "on_top_s", "words"),
+    [
+        (12.5, 2, 11.0, "; a new prompt length takes 11.0 s more"),
+        (1.49, 1, 0.0, "; a new prompt length takes 0.0 s more"),
+        (1.75, 0, 0.25, "; a new prompt length compiles nothing"),
+    ],
+)
+def test_what_a_new_prompt_length_costs_is_on_top_of_a_call_at_full_speed(
+    make_run: MakeRun, duration_s: float, graphs: int, on_top_s: float, words: str
+) -> None:
+    run = make_run({"today": [1.0, 1.0, 1.0], "compiled": [0.5, 0.5, 0.5]}, compiles=["compiled"])
+    cell = Cell(candidate="compiled", scenario=run.samples[0].scenario)
+    run.add(FirstCall(launch=0, cell=cell, duration_s=20.0, compilations=1, cold=True))
+    run.add(AnotherLength(launch=0, cell=cell, prompt_tokens=7, duration_s=duration_s, compilations=graphs))
+    plan = make_plan(run, REF)
+    cost = plan.candidate("compiled").scenarios[0].compile_cost
+    assert cost is not None
+    assert cost.another_length_s == pytest.approx(on_top_s)
+    assert cost.another_length_graphs == graphs
+    (note,) = [note for note in plan.notes if "compiles code" in note]
+    assert note.endswith(f"won back after 13 requests{words}")
 
 
 def test_what_is_slower_than_today_never_wins_its_compilation_back(make_run: MakeRun) -> None:

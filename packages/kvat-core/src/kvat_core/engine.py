@@ -16,13 +16,16 @@ device still works. **`EngineAdapter`** is the heavy half; it lives in a worker 
 Life of a worker: one `load_model`; then, for each candidate and scenario,
 `prepare_cache(recipe)`, one `run_decode` if the recipe compiles, and `applied(prompt)`;
 then, for each of them that is to be timed, `prepare_cache(recipe)` again, `run_decode`
-for each warm-up and timed call, and `measure_resources`; at the end one `cleanup`. A
-worker that tries how long a context may be goes from `load_model` to one `prepare_cache`
-and then calls `run_prefill`, by a recipe for that length. One that judges fidelity calls
-`token_ids`, `score` and `score_at_once` after its `prepare_cache`, and one that looks for
-what requests leave behind calls `answer`, several times. All calls come from one
-thread, one at a time, but for `tokens_seen`. Between two candidates nothing but
-`prepare_cache` is called, so it must undo everything the candidate before set.
+for each warm-up and timed call, and `measure_resources`; then, where one of them has
+compiled for the first time in this run, one `run_decode` of a prompt that is one token
+shorter, with a `prepare_cache` and a `run_decode` of the usual length before it if the
+worker has others; at the end one `cleanup`. A worker that tries how long a context may
+be goes from `load_model` to one `prepare_cache` and then calls `run_prefill`, by a recipe
+for that length. One that judges fidelity calls `token_ids`, `score` and `score_at_once`
+after its `prepare_cache`, and one that looks for what requests leave behind calls
+`answer`, several times. All calls come from one thread, one at a time, but for
+`tokens_seen`. Between two candidates nothing but `prepare_cache` is called, so it must
+undo everything the candidate before set.
 
 Ownership: the adapter owns the model, its cache, and the prompts it made (core hands
 them back unread). Core owns time limits and processes: an adapter never forks a

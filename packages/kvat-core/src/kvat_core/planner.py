@@ -156,6 +156,7 @@ def _notes(header: Header, run: Run, winner: str | None, candidates: Sequence[Ca
     notes += _unstable_notes(run)
     notes += _memory_notes(run)
     notes += _context_notes(run)
+    notes += _other_length_notes(run)
     notes += _worker_notes(run)
     notes += _drift_notes(run)
     if header.shape.weights == "random":
@@ -190,7 +191,7 @@ def _compile_notes(run: Run, winner: str) -> list[str]:
     """What the figures of a winner that compiles leave out, one line per scenario."""
     cells = [Cell(candidate=winner, scenario=key) for key in run.scenarios]
     costs = [(cell.scenario, cost) for cell in cells if (cost := _compile_cost(run, cell)) is not None]
-    return [f"the winner compiles code for one prompt length at a time: {_cost(key, cost)}" for key, cost in costs]
+    return [f"the winner compiles code: {_cost(key, cost)}" for key, cost in costs]
 
 
 def _limit_notes(run: Run, winner: str) -> list[str]:
@@ -202,7 +203,18 @@ def _limit_notes(run: Run, winner: str) -> list[str]:
 def _cost(scenario: str, cost: CompileCost) -> str:
     filled = f" ({cost.cached_first_call_s:.1f} s with a filled cache)" if cost.cached_first_call_s is not None else ""
     again = "never" if cost.break_even_requests is None else f"after {cost.break_even_requests} requests"
-    return f"the first call of {scenario} in a new process takes {cost.first_call_s:.1f} s{filled}, won back {again}"
+    return (
+        f"the first call of {scenario} in a new process takes {cost.first_call_s:.1f} s{filled}, won back {again}"
+        f"{_another_length(cost)}"
+    )
+
+
+def _another_length(cost: CompileCost) -> str:
+    if cost.another_length_s is None:
+        return ""
+    if not cost.another_length_graphs:
+        return "; a new prompt length compiles nothing"
+    return f"; a new prompt length takes {cost.another_length_s:.1f} s more"
 
 
 def _unstable_notes(run: Run) -> list[str]:
@@ -266,6 +278,19 @@ def _context_notes(run: Run) -> list[str]:
     else:
         counts = "it does not count in the scores, as it is not known of what runs today"
     return [*notes, f"the longest context is neither measured nor predicted of {_few(unknown)}: {counts}"]
+
+
+def _other_length_notes(run: Run) -> list[str]:
+    """Why it is not known what a new prompt length costs."""
+    ends = [
+        (one.failure, f"{_choice(run, cell.candidate).label} at {cell.scenario}")
+        for cell, one in run.other_lengths.items()
+        if one.failure is not None
+    ]
+    return [
+        f"what a new prompt length costs is not known ({_in_words(failure)}): {_few(where)}"
+        for failure, where in _grouped(ends)
+    ]
 
 
 def _unread(run: Run) -> list[Failed]:
@@ -446,13 +471,17 @@ def _compile_cost(run: Run, cell: Cell) -> CompileCost | None:
         return None
     cached = [call.duration_s for call in calls if not call.cold]
     steady_s, today_s = _call_s(run, cell), _call_s(run, cell.model_copy(update={"candidate": run.incumbent}))
-    compile_s = max(0.0, cold_s - (steady_s or 0.0))
+    full_s = steady_s or 0.0
+    compile_s = max(0.0, cold_s - full_s)
+    other = run.other_lengths.get(run.original(cell))
     gain_s = today_s - steady_s if steady_s is not None and today_s is not None else 0.0
     return CompileCost(
         first_call_s=cold_s,
         cached_first_call_s=median(cached) if cached else None,
         compile_s=compile_s,
         break_even_requests=math.ceil(compile_s / gain_s) if gain_s > 0 else None,
+        another_length_s=None if other is None or other.duration_s is None else max(0.0, other.duration_s - full_s),
+        another_length_graphs=None if other is None else other.compilations,
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from kvat_core import metrics
 from kvat_core.schema import (
+    AnotherLength,
     Canary,
     CandidateEntry,
     Cell,
@@ -71,6 +72,7 @@ class Run:
         self.launches: list[LaunchOrder] = []
         self.loaded: list[Loaded] = []
         self.first_calls: list[FirstCall] = []
+        self.other_lengths: dict[Cell, AnotherLength] = {}
         self.proofs: list[Proof] = []
         self.samples: list[Sample] = []
         self.failed: list[Failed] = []
@@ -158,6 +160,8 @@ class Run:
                 self.loaded.append(event)
             case FirstCall():
                 self.first_calls.append(event)
+            case AnotherLength():
+                self.other_lengths[event.cell] = event
             case Proof():
                 self.proofs.append(event)
                 self._applied[event.cell] = json.dumps(event.applied.values, sort_keys=True)

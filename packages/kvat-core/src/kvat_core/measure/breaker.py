@@ -57,6 +57,8 @@ class Breaker:
         launch = self._run.launches[-1].launch
         failures = [failed.failure for failed in self._run.failed if failed.launch == launch]
         failures += [one.failure for one in self._run.context_trials if one.launch == launch and one.failure]
+        lengths = self._run.other_lengths.values()
+        failures += [one.failure for one in lengths if one.launch == launch and one.failure]
         failures += [end.failure for end in self._run.ended[-1:] if end.launch == launch and end.failure]
         if any(failure.kind == "unkillable" for failure in failures):
             raise held(self._run.header.target.device)

@@ -15,7 +15,7 @@ class Deadlines(Record):
     start_s: float = Field(default=300.0, gt=0, description="spawn and import of the engine's libraries")
     load_s: float = Field(default=600.0, gt=0, description="describing, loading and preparing a model")
     download_s: float = Field(default=86_400.0, gt=0, description="describing a model that is fetched first")
-    compile_s: float = Field(default=1800.0, gt=0, description="first call and proof of what compiles code")
+    compile_s: float = Field(default=1800.0, gt=0, description="proof, and first calls, of what compiles code")
     first_token_s: float = Field(default=900.0, gt=0, description="start of a call to its first token")
     gap_s: float = Field(default=120.0, gt=0, description="one token to the next")
     sample_s: float = Field(default=3600.0, gt=0, description="a whole call")

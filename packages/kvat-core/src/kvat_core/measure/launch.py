@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kvat_core import metrics
@@ -17,6 +18,7 @@ from kvat_core.measure.session import validated
 from kvat_core.measure.supervisor import HELD, WorkerFailed
 from kvat_core.measure.vetting import judge, look_for_leaks
 from kvat_core.schema import (
+    AnotherLength,
     Applied,
     Cell,
     ContextTrial,
@@ -70,6 +72,8 @@ class _Launch:
         self._header = bench.run.header
         self._load = self._recipe(order.cells[0])
         self._session = bench.session(self._load)
+        self._compiled_first: Cell | None = None
+        """The cell of this launch for which the compiler found nothing cached."""
         self.generate_s = 0.0
         self.failure: Failure | None = None
         """Of the worker after its work."""
@@ -109,14 +113,19 @@ class _Launch:
             # All proofs come first: a cell that runs the very same thing as another is not timed twice.
             for cell in self._order.cells:
                 self._guarded(cell, self._prove)
+            timed: list[Cell] = []
             for cell in self._order.cells:
-                if self._bench.run.original(cell) == cell:
-                    self._with_peak(cell, self._time)
+                if self._bench.run.original(cell) == cell and self._with_peak(cell, self._time):
+                    timed.append(cell)
+            if self._compiled_first in timed:
+                self._try_another_length(self._compiled_first)
 
-    def _with_peak(self, cell: Cell, step: Callable[[Cell], None]) -> None:
-        """Run a step and read which peak it has left."""
-        if self._guarded(cell, step):
+    def _with_peak(self, cell: Cell, step: Callable[[Cell], None]) -> bool:
+        """Run a step and read which peak it has left; whether the step was done."""
+        done = self._guarded(cell, step)
+        if done:
             self._read_resources(cell)
+        return done
 
     def _guarded(self, cell: Cell, step: Callable[[Cell], None]) -> bool:
         """Run one step of a cell; its failure is recorded, and ends the launch unless the worker is sound."""
@@ -136,7 +145,7 @@ class _Launch:
         if recipe.compiles:
             self._compile(cell)
         self._bench.announce(f"proving {self._bench.label(cell)}")
-        spec = self._prompt(cell, PROOF)
+        spec = self._prompt(self._scenario(cell), PROOF)
         deadlines = self._bench.deadlines
         limits = Limits(deadlines.compile_s if recipe.compiles else deadlines.sample_s)
         seconds, value = self._session.ask("prove", spec, "prove", limits)
@@ -153,16 +162,19 @@ class _Launch:
         """The first call, whose time is what a user's first request takes."""
         self._bench.announce(f"compiling {self._bench.label(cell)}")
         timeline = self._decode(cell, FIRST_CALL, "compile", self._session.compile_limits)
+        cold = self._load.load_key not in self._bench.compiled
         self._bench.record(
             FirstCall(
                 launch=self._order.launch,
                 cell=cell,
                 duration_s=timeline.duration_s,
                 compilations=timeline.compilations,
-                cold=self._load.load_key not in self._bench.compiled,
+                cold=cold,
             )
         )
-        self._bench.compiled.add(self._load.load_key)
+        if cold:
+            self._compiled_first = cell
+            self._bench.compiled.add(self._load.load_key)
 
     def _time(self, cell: Cell) -> None:
         recipe = self._prepare(cell)
@@ -196,6 +208,36 @@ class _Launch:
             distrust=(*compiled, *causes(conditions, self._bench.run.fastest_clock_mhz)),
         )
 
+    def _try_another_length(self, cell: Cell) -> None:
+        """What a prompt of another length costs, once per cell; its failure is recorded and costs no figures.
+
+        Nothing may come after it but the end: a second length may change for good what was compiled for the first.
+        """
+        scenario = self._scenario(cell)
+        if cell in self._bench.run.other_lengths or scenario.prompt_tokens == 1:
+            return
+        # One token less fits the slots that the recipe has for the scenario.
+        other = scenario.reshaped(prompt_tokens=scenario.prompt_tokens - 1)
+        record = partial(AnotherLength, launch=self._order.launch, cell=cell, prompt_tokens=other.prompt_tokens)
+        try:
+            timeline = self._call_another_length(cell, other)
+        except WorkerFailed as failed:
+            failure = self._session.scrubbed(failed.failure)
+            self._bench.record(record(duration_s=None, compilations=None, failure=failure))
+            if failed.alive:
+                return
+            raise _LaunchOver from failed
+        self._bench.record(record(duration_s=timeline.duration_s, compilations=timeline.compilations))
+
+    def _call_another_length(self, cell: Cell, other: Scenario) -> Timeline:
+        phase, limits = "another length", self._session.compile_limits
+        self._bench.announce(f"another prompt length with {self._bench.label(cell)}")
+        if len(self._order.cells) > 1:
+            # What was compiled for this cell may be gone with the cells between.
+            self._prepare(cell)
+            self._decode(cell, FIRST_CALL, phase, limits)
+        return self._generate("decode", other, FIRST_CALL, phase, limits)
+
     def _exercise(self, cell: Cell) -> None:
         """Two whole calls in a fresh process: the peak is theirs alone."""
         recipe = self._prepare(cell)
@@ -210,7 +252,7 @@ class _Launch:
         self._bench.announce(f"longest context of {self._bench.label(cell)}")
         for index in range(self._calls):
             limits = self._session.compile_limits if recipe.compiles and index == 0 else self._session.call_limits
-            self._generate("prefill", cell, index, "context", limits)
+            self._generate("prefill", self._scenario(cell), index, "context", limits)
         self._record_trial(cell, None)
 
     def _record_trial(self, cell: Cell, failure: Failure | None) -> None:
@@ -257,11 +299,10 @@ class _Launch:
         return self._bench.recipe_at(cell) if self._order.purpose == "context" else self._bench.recipes[cell]
 
     def _decode(self, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
-        return self._generate("decode", cell, index, phase, limits)
+        return self._generate("decode", self._scenario(cell), index, phase, limits)
 
-    def _generate(self, operation: Operation, cell: Cell, index: int, phase: str, limits: Limits) -> Timeline:
-        scenario = self._scenario(cell)
-        arguments = {"prompt": self._prompt(cell, index), "max_new_tokens": scenario.output_tokens}
+    def _generate(self, operation: Operation, scenario: Scenario, index: int, phase: str, limits: Limits) -> Timeline:
+        arguments = {"prompt": self._prompt(scenario, index), "max_new_tokens": scenario.output_tokens}
         _, value = self._session.ask(operation, arguments, phase, limits)
         timeline = validated(Timeline, value, phase)
         reason = metrics.invalid_reason(timeline, scenario)
@@ -270,8 +311,8 @@ class _Launch:
         self.generate_s += timeline.duration_s
         return timeline
 
-    def _prompt(self, cell: Cell, index: int) -> dict[str, Any]:
-        spec = self._bench.prompt(self._scenario(cell), round_number=self._order.round, index=index)
+    def _prompt(self, scenario: Scenario, index: int) -> dict[str, Any]:
+        spec = self._bench.prompt(scenario, round_number=self._order.round, index=index)
         return spec.model_dump(mode="json")
 
     def _fail_all(self, failure: Failure) -> None:

@@ -3,6 +3,7 @@
 from kvat_core.schema._base import FORMAT, Record, digest
 from kvat_core.schema.events import (
     EVENT_TYPES,
+    AnotherLength,
     Canary,
     CandidateEntry,
     Cell,
@@ -77,6 +78,7 @@ __all__ = [
     "FORMAT",
     "MOST_PERCENTILE",
     "SPACES",
+    "AnotherLength",
     "Applied",
     "BoundedBy",
     "Canary",

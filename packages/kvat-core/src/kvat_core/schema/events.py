@@ -151,6 +151,21 @@ class FirstCall(Record):
     cold: bool = Field(description="whether the compiler found nothing cached: the first such call of the run")
 
 
+class AnotherLength(Record):
+    """The first call of another prompt length, in the first process of a cell that compiles code.
+
+    It comes after all else in that process, because a second length may change for good what was compiled for the
+    first.
+    """
+
+    launch: int
+    cell: Cell
+    prompt_tokens: int = Field(description="of the call, as in a scenario; slots and output tokens are the cell's")
+    duration_s: float | None = Field(description="null = the call failed")
+    compilations: int | None = Field(ge=0, description="graphs compiled during the call; null = the call failed")
+    failure: Failure | None = Field(default=None, description="why; it costs the candidate none of its figures")
+
+
 class Failed(Record):
     """A cell ended without its samples, or without its peak memory."""
 
@@ -205,7 +220,7 @@ class LaunchEnd(Record):
 
     launch: int
     wall_s: float
-    generate_s: float = Field(description="spent inside proof, warm-up and timed calls")
+    generate_s: float = Field(description="spent inside calls that generate, timed or not")
     failure: Failure | None = Field(
         default=None, description="of the worker after its work: to clean up, or to end; no cell is to blame for it"
     )
@@ -243,6 +258,7 @@ Event = (
     | LaunchOrder
     | Loaded
     | FirstCall
+    | AnotherLength
     | Proof
     | Sample
     | Failed
@@ -263,6 +279,7 @@ EVENT_TYPES: dict[str, type[Record]] = {
     "launch": LaunchOrder,
     "loaded": Loaded,
     "first_call": FirstCall,
+    "another_length": AnotherLength,
     "proof": Proof,
     "sample": Sample,
     "failed": Failed,

@@ -67,6 +67,14 @@ class CompileCost(Record):
         description="requests of this shape after which a new process has won back compile_s against the incumbent; "
         "null = never, or the incumbent has no figures"
     )
+    another_length_s: float | None = Field(
+        default=None,
+        description="first call of another prompt length, in a process that is at full speed with this one, less a "
+        "call at full speed; null = not measured",
+    )
+    another_length_graphs: int | None = Field(
+        default=None, description="graphs compiled during that call; null = not measured"
+    )
 
 
 class ScenarioResult(Record):
