@@ -13,7 +13,7 @@ from kvat_report.text import Markdown, escape
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from kvat_core.schema import CandidateResult, Condition, Plan, ScenarioResult
+    from kvat_core.schema import CandidateResult, CompileCost, Condition, Plan, ScenarioResult
 
 _STATES = ("ok", "undecided", "pruned", "not_reached", "failed", "excluded")
 _TAIL = 200
@@ -111,6 +111,7 @@ def _context(plan: Plan) -> dict[str, Any]:
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
         "when": _when,
+        "new_length": _new_length,
         "total_weight": sum(scenario.weight for scenario in plan.profile.scenarios),
         "shares": _shares(plan),
         "nothing": numbers.NOTHING,
@@ -154,6 +155,14 @@ def _energy(result: ScenarioResult) -> str:
 
 
 def _when(condition: Condition) -> str:
+def _new_length(cost: CompileCost) -> str:
+    """What a prompt of another length costs, as far as it compiles anything."""
+    seconds, graphs = cost.another_length_s, cost.another_length_graphs
+    if seconds is None:
+        return numbers.NOTHING
+    return f"{numbers.seconds(seconds)} ({graphs} graph{'s' if graphs != 1 else ''})" if graphs else "no graph"
+
+
     """All that has to hold, in words."""
     return " and ".join(
         _CONDITIONS[key].format(numbers.size(int(value)) if "_memory_" in key else value)
