@@ -153,10 +153,11 @@ def types(session: nox.Session) -> None:
 # Tests
 
 
-def pytest(session: nox.Session, python: str, suite: str, *arguments: str) -> None:
+def pytest(session: nox.Session, python: str, suite: str, *arguments: str, options: tuple[str, ...] = ()) -> None:
     """Run one suite out of a shared environment."""
     session.run(
         *(program("python", python), "-m", *arguments, "pytest", *pytest_options(session.name), *selection(python)),
+        *options,
         folder(suite),
         *session.posargs,
         env=AS_USERS_HAVE_IT,
@@ -192,6 +193,9 @@ def define_tests(python: str, suite: str) -> str:
             pytest(session, python, suite, "coverage", "run", "-m")
             session.run(program("coverage"), "combine", "--quiet", external=True)
             session.run(program("coverage"), "report", external=True)
+        elif suite in ENGINES:
+            # What they wait for are child processes with one thread each. Tests of a file share what is loaded once.
+            pytest(session, python, suite, options=("-n", "2", "--dist", "loadfile"))
         else:
             pytest(session, python, suite)
 
@@ -227,6 +231,20 @@ def minimums(session: nox.Session) -> None:
     suites = map(folder, (*PACKAGES, CROSS_PACKAGE))
     command = ["pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs]
     session.run(*command, env=AS_USERS_HAVE_IT)
+
+
+@nox.session(python=TORCH_PYTHON)
+@part
+def newest(session: nox.Session) -> None:
+    """Run the engine's tests with the newest versions that it accepts, and with the back-ends that CI goes without."""
+    session.install(*group("build"))
+    session.install("torch==2.13.0", *group("test", "quantised", "placement"), *editable(*map(source, PACKAGES)))
+    session.install("--upgrade", "transformers")
+    # Its import of the compiler makes each process slower to start, so the other environments lack it.
+    session.install("--no-build-isolation", "hqq")
+    warn_only = ("-W", "default")  # what these versions say of each other is not ours to mend
+    suites = map(folder, ENGINES)
+    session.run("pytest", *pytest_options(session.name), *warn_only, *suites, *session.posargs, env=AS_USERS_HAVE_IT)
 
 
 def lowest_versions(package: str) -> Iterator[str]:
@@ -316,7 +334,7 @@ def full(session: nox.Session) -> None:
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)
     environments, tests = on(*(python for python in FOUND if python not in ENDS))
-    for name in (f"environment-{TORCH_PYTHON}", *environments, *tests, "minimums", "bench"):
+    for name in (f"environment-{TORCH_PYTHON}", *environments, *tests, "minimums", "newest", "bench"):
         session.notify(name)
 
 
