@@ -110,8 +110,8 @@ def _context(plan: Plan) -> dict[str, Any]:
         "output": output(plan),
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
-        "when": _when,
         "new_length": _new_length,
+        "when": _when,
         "total_weight": sum(scenario.weight for scenario in plan.profile.scenarios),
         "shares": _shares(plan),
         "nothing": numbers.NOTHING,
@@ -154,7 +154,6 @@ def _energy(result: ScenarioResult) -> str:
     return f"{numbers.plain(result.energy_per_token_j)} J"
 
 
-def _when(condition: Condition) -> str:
 def _new_length(cost: CompileCost) -> str:
     """What a prompt of another length costs, as far as it compiles anything."""
     seconds, graphs = cost.another_length_s, cost.another_length_graphs
@@ -163,6 +162,7 @@ def _new_length(cost: CompileCost) -> str:
     return f"{numbers.seconds(seconds)} ({graphs} graph{'s' if graphs != 1 else ''})" if graphs else "no graph"
 
 
+def _when(condition: Condition) -> str:
     """All that has to hold, in words."""
     return " and ".join(
         _CONDITIONS[key].format(numbers.size(int(value)) if "_memory_" in key else value)
