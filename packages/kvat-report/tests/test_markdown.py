@@ -40,6 +40,25 @@ def test_golden_report_of_a_tie_without_optional_parts(make_plan: Callable[..., 
     assert_golden("tie.md", MarkdownReport().render(plan))
 
 
+def test_golden_report_of_what_was_found_of_the_output(make_plan: Callable[..., Plan]) -> None:
+    known = {one.id: one.model_dump() | {"aliases": [], "scenarios": []} for one in make_plan().candidates}
+    today = known["aaaaaaaaaa"] | {"fidelity": {"verdict": "exact"}}
+    figures = {"top1_agreement": 0.9938, "first_divergence": 41, "tokens": 640}
+    close = {"lossy": True, "verdict": "close", "kl_nats": 0.00423, **figures, "full_precision_kl_nats": 0.0011}
+    lossy = {"lossy": True, "verdict": "lossy", "kl_nats": 0.251, **figures, "top1_agreement": 0.874}
+    reason = "loses fidelity: KL 0.25 nats of at most 0.01, first choices agree in 87.4% of at least 99%"
+    plan = make_plan(
+        equivalents=[], rules=[], pareto=[], notes=[], canary="clean",
+        model={"id": "tiny", "revision": None, "weights": "checkpoint", "sha256": "ab" * 32},
+        candidates=[
+            today,
+            known["bbbbbbbbbb"] | {"fidelity": close},
+            known["cccccccccc"] | {"fidelity": lossy, "reason": reason},
+        ],
+    )  # fmt: skip
+    assert_golden("fidelity.md", MarkdownReport().render(plan))
+
+
 def test_sections_follow_the_reader_s_questions(make_plan: Callable[..., Plan]) -> None:
     report = MarkdownReport().render(make_plan())
     assert re.findall("^## (.+)$", report, flags=re.MULTILINE) == [

@@ -108,6 +108,14 @@ def test_without_an_interval() -> None:
     assert numbers.tokens_per_second(41.234) == "41.2 tok/s"
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(None, numbers.NOTHING), (1.0, "100.0 %"), (0.99, "99.0 %"), (0.98999, "98.9 %"), (0.29, "29.0 %")],
+)
+def test_an_agreement_is_never_shown_as_a_limit_that_it_misses(share: float | None, shown: str) -> None:
+    assert numbers.agreement(share) == shown
+
+
 @pytest.mark.parametrize(("value", "shown"), [(2.0, "2"), (0.5, "0.5"), (1.0837, "1.08")])
 def test_plain(value: float, shown: str) -> None:
     assert numbers.plain(value) == shown

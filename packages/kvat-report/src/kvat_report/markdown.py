@@ -62,6 +62,7 @@ def _environment() -> Environment:
         finalize=_safe,
     )
     own = (
+        numbers.agreement,
         numbers.nats,
         numbers.percent,
         numbers.plain,

@@ -57,6 +57,11 @@ def nats(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2g}"
 
 
+def agreement(share: float | None) -> str:
+    """A share of equal choices, e.g. ``98.9 %``; rounded down, so that none seems to keep a limit that it misses."""
+    return NOTHING if share is None else f"{math.floor(round(share * 1000, 6)) / 10:.1f} %"
+
+
 def percent(share: float) -> str:
     """A share of one, e.g. ``2.4 %``; whole numbers from 10 % on."""
     value = share * 100

@@ -31,4 +31,4 @@ def _fidelity(seen: FidelityResult) -> str | None:
         return "exact, as it computes what others are held against" if seen.verdict == "exact" else None
     of = f"over {seen.tokens} forced tokens, KL {numbers.nats(seen.kl_nats)} nats, first choices agree in "
     words = {"not_meaningful": "not meaningful, as the weights are random"}
-    return f"{words.get(seen.verdict, seen.verdict)} ({of}{numbers.percent(seen.top1_agreement)})"
+    return f"{words.get(seen.verdict, seen.verdict)} ({of}{numbers.agreement(seen.top1_agreement)})"
