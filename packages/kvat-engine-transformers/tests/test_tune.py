@@ -14,7 +14,16 @@ from kvat_core import Plan, Profile, TuneRequest, tune
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.journal import read_journal
-from kvat_core.schema import CandidateEntry, Choice, FirstCall, ModelShape, Objective, PromptSource, Scenario
+from kvat_core.schema import (
+    AnotherLength,
+    CandidateEntry,
+    Choice,
+    FirstCall,
+    ModelShape,
+    Objective,
+    PromptSource,
+    Scenario,
+)
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersEngine, knobs
 
@@ -132,15 +141,15 @@ def test_random_weights_are_said_everywhere(tmp_path: Path, tiny_directory: Path
     assert len(lines(tmp_path / "out" / "snippet.py", str(tiny_directory))) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> None:
     settings = {"cache": "static", "compile": "default", "attention": "sdpa", "grad_mode": "no_grad"}
     profile = QUICK.model_copy(update={"scenarios": QUICK.scenarios[:1], "launches": 2})
     plan = tuned(tmp_path / "out", "builtin:llama", pinned=settings, space="default", profile=profile)
     assert plan.winner.settings["compile"] == "default"
-    assert any("compiles code for one prompt length at a time" in note for note in plan.notes)
-    (first, second) = [
-        event for event in read_journal(tmp_path / "out" / "journal.jsonl") if isinstance(event, FirstCall)
-    ]
+    assert any("the winner compiles code" in note for note in plan.notes)
+    events = list(read_journal(tmp_path / "out" / "journal.jsonl"))
+    (first, second) = [event for event in events if isinstance(event, FirstCall)]
     assert (first.cold, second.cold) == (True, False)
     assert first.compilations > 0
     assert second.compilations > 0
@@ -149,6 +158,15 @@ def test_a_compiled_candidate_compiles_before_it_is_timed(tmp_path: Path) -> Non
     assert cost.cached_first_call_s is not None
     # A cache that an earlier run had filled would make both alike.
     assert cost.first_call_s > 1.5 * cost.cached_first_call_s
+    (other,) = [event for event in events if isinstance(event, AnotherLength)]
+    assert (other.launch, other.failure) == (first.launch, None)
+    assert other.prompt_tokens == profile.scenarios[0].prompt_tokens - 1
+    of_launch = [type(event).__name__ for event in events if getattr(event, "launch", None) == first.launch]
+    assert of_launch[-4:] == ["Sample", "Measured", "AnotherLength", "LaunchEnd"]
+    # A decoding step has the same shapes whatever the prompt, as long as the slots are the same.
+    assert other.compilations == cost.another_length_graphs == 0
+    assert cost.another_length_s is not None
+    assert cost.another_length_s < cost.compile_s
     assert "The first call compiles" in (tmp_path / "out" / "snippet.py").read_text()
     assert plan.candidates[0].state == "ok"
     assert len(lines(tmp_path / "out" / "snippet.py")) == 1
