@@ -79,6 +79,18 @@ def test_what_is_offered_is_applied_and_what_is_excluded_cannot_run(
     assert timeline.clock == "device"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
+def test_xformers_is_applied(cache_kind: str, dtype: str) -> None:
+    settings = {**DEFAULTS, "attention": "xformers", "cache": cache_kind, "dtype": dtype}
+    if (reason := exclusion(settings)) is not None:
+        pytest.skip(reason)
+    adapter, _ = prepared(settings)
+    applied = adapter.applied(prompt(adapter))
+    assert applied.mismatches == (), applied.values
+    assert applied.values["kernels"] == ["XFORMERS"]
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_candidate_compiles_before_the_clock_runs(mode: str) -> None:
     adapter, made = prepared({**DEFAULTS, "cache": "static", "compile": mode})
@@ -91,7 +103,7 @@ def test_a_compiled_candidate_compiles_before_the_clock_runs(mode: str) -> None:
 
 @pytest.mark.parametrize("compiled", ["off", "reduce-overhead"])
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager", *KERNELS])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", *KERNELS, "xformers"])
 def test_no_candidate_forgets(attention: str, cache_kind: str, compiled: str) -> None:
     settings = {**DEFAULTS, "attention": attention, "cache": cache_kind, "compile": compiled}
     if exclusion(settings) is not None or (compiled != "off" and (cache_kind, attention) != ("static", "sdpa")):

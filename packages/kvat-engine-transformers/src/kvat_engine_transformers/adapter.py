@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTraine
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import actions, batching, forcing, handover, leftovers, memory, proof
+from kvat_engine_transformers import actions, batching, forcing, handover, leftovers, memory, proof, registration
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
@@ -265,6 +265,7 @@ class TransformersAdapter(EngineAdapter):
 
 
 def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, device_map: JsonValue) -> PreTrainedModel:
+    registration.register(attention)
     if source.kind == "random":
         return build_random_model(source.path, dtype=dtype, device=device, attention=attention)
     model: Any = AutoModelForCausalLM.from_pretrained(

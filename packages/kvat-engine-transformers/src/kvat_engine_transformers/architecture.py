@@ -45,6 +45,7 @@ def limits(model: PreTrainedModel, device: str) -> dict[str, str | None]:
         "prefill_chunk": _prefill_chunk(model),
         "sdpa_flash": _sdpa_flash(model),
         "flex_attention": _flex_attention(model, device),
+        "xformers": _xformers(model),
     }
 
 
@@ -113,6 +114,19 @@ def _flex_attention(model: PreTrainedModel, device: str) -> str | None:
         return f"Transformers has no flex attention for the architecture {architecture}"
     if device == "cpu" and any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return f"Transformers has no flex attention on the CPU for the attention sinks of {architecture}"
+    return None
+
+
+def _xformers(model: PreTrainedModel) -> str | None:
+    architecture = model.config.model_type
+    if not _class_says(model, "_supports_attention_backend"):
+        return f"Transformers does not let the attention of {architecture} be exchanged for xFormers'"
+    if architecture in _OWN_ATTENTION:
+        return f"{architecture} calls attention of its own, which cannot be exchanged for xFormers'"
+    if getattr(_text(model), "attn_logit_softcapping", None) is not None:
+        return f"xFormers' attention does not cap logits, as {architecture} does"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return f"xFormers' attention does not have the attention sinks of {architecture}"
     return None
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
-from kvat_engine_transformers import actions, batching, leftovers
+from kvat_engine_transformers import actions, batching, leftovers, registration
 from kvat_engine_transformers.failures import translated
 
 _OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
@@ -78,6 +78,7 @@ def _switched(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
 def _attend_by(model: PreTrainedModel, attention: str) -> None:
     if model.config._attn_implementation == attention:
         return
+    registration.register(attention)
     try:
         model.set_attn_implementation(attention)
     except (ValueError, ImportError) as error:

@@ -48,6 +48,10 @@ def from_text(text: str) -> EngineError | None:
         return EngineError("oom_host", "the host ran out of memory")
     if "No viable backend for scaled_dot_product_attention" in text:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model's shapes or masks")
+    if "No operator found for `memory_efficient_attention" in text:
+        return EngineError("unsupported", "xFormers has no kernel for this model's shapes or masks on this device")
+    if text.startswith("xformers_attention has no "):
+        return EngineError("unsupported", f"{text}, which this model asks for")
     if "No available kernel" in text:
         return EngineError("unsupported", "the forced attention kernel cannot serve this model or mask on this device")
     if "ignore_mismatched_sizes" in text:

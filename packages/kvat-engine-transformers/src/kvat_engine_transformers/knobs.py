@@ -197,7 +197,7 @@ def _attention(shape: ModelShape, probe: Probe) -> Knob:
     unavailable = _unavailable_packages(probe) | (
         dict.fromkeys(("sdpa", *KERNELS), str(without_sdpa)) if without_sdpa else _unavailable_kernels(probe)
     )
-    for name in ("sdpa_flash", "flex_attention"):
+    for name in ("sdpa_flash", "flex_attention", "xformers"):
         if limit := _limit(shape, name):
             unavailable.setdefault(name, limit)
     default = "eager" if without_sdpa else "sdpa"

@@ -39,6 +39,11 @@ _KERNELS = (
 )
 """Start of an operator's name to the attention kernel behind it; the first match counts."""
 
+_XFORMERS = tuple(
+    (start, "XFORMERS") for start in ("xformers", "_flash_attention_forward", "_efficient_attention_forward")
+)
+"""The same of operators that xFormers calls: its own, and PyTorch's kernels without SDPA around them."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -176,7 +181,7 @@ def observe(
         prompt_tokens=prompt.shape[1],
         prefill_calls=witness.calls_for(prompt.shape[1]),
         attention=str(model.config._attn_implementation),
-        kernels=_kernels(event.key for event in profiler.key_averages()),
+        kernels=_kernels((event.key for event in profiler.key_averages()), model.config._attn_implementation),
         grad_mode=witness.grad_mode,
         dtypes=_by_bytes(model),
         packed_by=packed_by(model),
@@ -209,7 +214,7 @@ def _observe_batch(
         prompt_tokens=prompt.shape[1],
         prefill_calls=0,
         attention=watch.pool.attention,
-        kernels=_kernels(event.key for event in profiler.key_averages()),
+        kernels=_kernels((event.key for event in profiler.key_averages()), watch.pool.attention),
         grad_mode="no_grad",  # by a decorator of that thread, which no context reaches
         dtypes=_by_bytes(model),
         packed_by=packed_by(model),
@@ -291,9 +296,11 @@ def _packed(quantised: Any) -> str:
     return f"{how['nbits']} bits" if isinstance(how, Mapping) else _name(tensor.dtype)
 
 
-def _kernels(operators: Any) -> tuple[str, ...]:
+def _kernels(operators: Any, attention: str) -> tuple[str, ...]:
+    # SDPA calls some of what xFormers calls, inside operators of its own.
+    known = (*_KERNELS, *(_XFORMERS if attention == "xformers" else ()))
     names = (operator.removeprefix("aten::") for operator in operators)
-    found = {next((kernel for start, kernel in _KERNELS if name.startswith(start)), None) for name in names}
+    found = {next((kernel for start, kernel in known if name.startswith(start)), None) for name in names}
     return tuple(sorted(kernel for kernel in found if kernel is not None))
 
 
@@ -413,12 +420,14 @@ def _device_pairs(seen: Seen, recipe: Recipe) -> list[tuple[str, Any, Any]]:
 def _wrong_kernel(seen: Seen, recipe: Recipe) -> str | None:
     forced = actions.forced_kernel(recipe)
     # The calls of a compiled graph are not all seen one by one.
-    if seen.attention == "sdpa" and seen.graphs == 0 and not seen.kernels:
-        return "kernel: SDPA was asked for, none of its kernels ran"
+    asked = {"sdpa": "SDPA", "xformers": "xFormers"}.get(seen.attention)
+    if asked and seen.graphs == 0 and not seen.kernels:
+        return f"kernel: {asked} was asked for, none of its kernels ran"
     if forced is not None and seen.kernels != (forced,):
         return f"kernel: the recipe forces {forced}, {' and '.join(seen.kernels) or 'none'} ran"
-    if seen.attention != "sdpa" and seen.kernels:
-        return f"kernel: {seen.attention} calls none of SDPA, {' and '.join(seen.kernels)} ran"
+    of_sdpa = [kernel for kernel in seen.kernels if kernel != "XFORMERS"]
+    if seen.attention != "sdpa" and of_sdpa:
+        return f"kernel: {seen.attention} calls none of SDPA, {' and '.join(of_sdpa)} ran"
     return None
 
 

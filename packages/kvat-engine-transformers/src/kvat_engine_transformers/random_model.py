@@ -17,7 +17,7 @@ def build_random_model(path: Path, *, dtype: torch.dtype, device: str, attention
 
     Args:
         path: directory that holds a config.json.
-        attention: ``sdpa`` or ``eager``.
+        attention: by the name under which Transformers knows it, or has been told of it.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device(device), no_init_weights():

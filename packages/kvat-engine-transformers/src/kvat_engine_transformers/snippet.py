@@ -9,7 +9,7 @@ from typing import cast
 from pydantic import JsonValue
 
 from kvat_core.schema import ModelRef, Plan, PlanModel, Recipe, Scenario, Target
-from kvat_engine_transformers import handover
+from kvat_engine_transformers import handover, registration
 from kvat_engine_transformers.handover import literal
 from kvat_engine_transformers.knobs import require_known
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
@@ -45,7 +45,7 @@ WARMUP = {warmup}
 SAMPLES = {samples}
 
 
-def load({load_parameter}):
+{registration}def load({load_parameter}):
     """Load the model with the measured dtype, attention and threads."""
 {load_body}
 
@@ -174,6 +174,7 @@ def render(plan: Plan) -> str:
         mask=_MASK if unequal else "",
         shown_shortest=_SHOWN_SHORTEST if unequal else "",
         reset=_RESET if shown.compiles else "",
+        registration=_registration(shown),
         load_body="\n".join([*_threads_line(shown), *_load_body(plan.model, local, shown)]),
         generate=handover.source(shown, STEP_TOKENS),
         clock="" if batched else _CLOCK.lstrip("\n"),
@@ -195,7 +196,8 @@ def _scenarios(scenarios: Iterable[Scenario], unequal: bool) -> str:
 
 
 def _imports(model_id: str, shown: Recipe) -> list[str]:
-    lines, names = handover.imports(shown)
+    called, loaded = handover.imports(shown), registration.imports(_attention(shown))
+    lines, names = [*called[0], *loaded[0]], [*called[1], *loaded[1]]
     if model_id.startswith(RANDOM):
         lines.append("from kvat_engine_transformers import build_random_model, random_path")
     elif model_id.startswith(BUILTIN):
@@ -203,8 +205,17 @@ def _imports(model_id: str, shown: Recipe) -> list[str]:
     if not model_id.startswith(RANDOM):
         names = ["AutoModelForCausalLM", *names]
     if names:
-        lines.append(f"from transformers import {', '.join(names)}")
+        lines.append(f"from transformers import {', '.join(sorted(names))}")
     return sorted(lines, key=lambda line: line.split()[1])
+
+
+def _registration(shown: Recipe) -> str:
+    code = registration.source(_attention(shown))
+    return f"{code}\n\n\n" if code else ""
+
+
+def _attention(shown: Recipe) -> str:
+    return str(shown.load["attn_backend"])
 
 
 def _model_constant(model_id: str, local: bool) -> str:
@@ -220,7 +231,7 @@ def _threads_line(shown: Recipe) -> list[str]:
 
 def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     dtype, device = f"torch.{shown.load['dtype']}", json.dumps(shown.load["device"])
-    attention = json.dumps(shown.load["attn_backend"])
+    attention = json.dumps(_attention(shown))
     named = "model" if local else json.dumps(model.id.removeprefix(BUILTIN).removeprefix(RANDOM))
     if model.id.startswith(RANDOM):
         how = f"dtype={dtype}, device={device}, attention={attention}"

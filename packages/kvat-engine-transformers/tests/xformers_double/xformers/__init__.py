@@ -1,0 +1,1 @@
+"""A double of xFormers for machines without its kernels: see `ops`."""
