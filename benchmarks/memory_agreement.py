@@ -282,13 +282,13 @@ def mib(sizes: list[int]) -> str:
 def report(recipe: Recipe, scenario: Scenario) -> dict[str, int]:
     """What a worker tells after what a memory launch asks of it."""
     source = prompts.resolve(SOURCE).model_dump(mode="json")
-    shape = {"tokens": scenario.prompt_tokens, "batch": scenario.batch_size}
+    tokens: JsonValue = list(scenario.prompt_lengths)
     with tempfile.TemporaryDirectory() as scratch, WorkerProcess(recipe.environment) as worker:
         worker.call("start", {"engine": "transformers", "scratch": scratch}, "start", PATIENT)
         worker.call("load", dict(recipe.load), "load", PATIENT)
         worker.call("prepare", recipe.model_dump(mode="json"), "prepare", PATIENT)
         for nonce in range(2):
-            prompt: JsonValue = {"source": source, **shape, "nonce": nonce}
+            prompt: JsonValue = {"source": source, "tokens": tokens, "nonce": nonce}
             call: dict[str, JsonValue] = {"prompt": prompt, "max_new_tokens": scenario.output_tokens}
             worker.call("decode", call, "memory", PATIENT)
         resources = Resources.model_validate(worker.call("resources", {}, "resources", PATIENT))

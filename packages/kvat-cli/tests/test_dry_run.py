@@ -34,7 +34,14 @@ def test_candidates_exclusions_and_launches_are_printed(kvat: Run, found: DryRun
 
     assert (outcome.code, outcome.err) == (0, "")
     assert all(candidate.label in outcome.out for candidate in found.candidates)
-    assert all(excluded.reason in outcome.out for excluded in found.excluded)
+    told_by_value = {f"{knob.name}={one.name}" for knob in found.knobs for one in knob.values if one.unavailable}
+    assert told_by_value == {"cache=paged"}
+    for excluded in found.excluded:
+        value, _, reason = excluded.reason.partition(": ")
+        assert (reason if value in told_by_value else excluded.reason) in outcome.out
+    assert "the scripted device has no pages" in outcome.out
+    for knob in found.knobs:
+        assert all(one.name in outcome.out for one in knob.values)
     assert f"about {found.launches} launches with --search race" in outcome.out
     assert f"to measure every candidate once takes {found.loads}" in outcome.out
     assert "Limits:" not in outcome.out

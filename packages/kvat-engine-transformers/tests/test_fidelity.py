@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import QuantizedCache
+from transformers.utils.import_utils import is_hqq_available
 
 from kvat_core import Profile, TuneRequest, likeness, tune
 from kvat_core.fidelity import MIN_TOP1_AGREEMENT
@@ -20,7 +21,7 @@ from kvat_engine_transformers import TransformersAdapter
 MODEL = "builtin:llama"
 PROMPT_TOKENS, STEPS, GREEDY_STEPS = 192, 256, 64
 SCENE = Scenario(prompt_tokens=PROMPT_TOKENS, output_tokens=STEPS, batch_size=2)
-TEXT = PromptSource(kind="text", value="The quick brown fox jumps over the lazy dog; pack my box with five dozen jugs. ")
+TEXT = PromptSource(kind="text", value="The quick brown fox jumps over the lazy dog; pack my box with six dozen jugs. ")
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 _REFERENCES: dict[str, Reference] = {}
@@ -87,6 +88,15 @@ def test_what_a_quantised_cache_loses_is_told_apart_by_its_bits(prepared: Prepar
         assert text.kl_nats > 1e-6, "something is lost"
         assert (text.top1_agreement >= MIN_TOP1_AGREEMENT) <= (cache != "quanto_int2")
     assert kl_nats["quanto_int2"] > 0.01 > kl_nats["quanto_int4"] > kl_nats["fp8"]
+
+
+@pytest.mark.skipif(not is_hqq_available(), reason="hqq makes processes slow to start: only nox -s newest has it")
+def test_the_bits_of_hqq_are_told_apart_as_well(prepared: Prepared, reference: Reference) -> None:
+    kl_nats = []
+    for bits in (8, 4, 2):
+        text, _ = beside(reference, prepared(MODEL, SCENE, cache=f"hqq_int{bits}")[0])
+        kl_nats.append(text.kl_nats)
+    assert 1e-9 < kl_nats[0] < kl_nats[1] < kl_nats[2]
 
 
 def in_one_pass(adapter: TransformersAdapter, ids: Any, text: Any) -> Any:

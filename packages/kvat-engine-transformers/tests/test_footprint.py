@@ -183,8 +183,7 @@ def rise_bytes(environment: Mapping[str, str], load: Any, calls: list[tuple[Any,
             worker.call("prepare", recipe, "prepare", limits)
             prompt: Any = {
                 "source": SOURCE.model_dump(mode="json"),
-                "tokens": scenario.prompt_tokens,
-                "batch": scenario.batch_size,
+                "tokens": list(scenario.prompt_lengths),
                 "nonce": 0,
             }
             worker.call("decode", {"prompt": prompt, "max_new_tokens": scenario.output_tokens}, "decode", limits)

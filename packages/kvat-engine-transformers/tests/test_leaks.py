@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.import_utils import is_hqq_available
 
 from kvat_core.schema import ModelRef, PromptSource, Scenario, Target
 from kvat_engine_transformers import TransformersAdapter
@@ -29,6 +30,7 @@ VALUES: list[dict[str, str]] = [
     {"cache": "fp8"},
     {"cache": "paged"},
     {"cache": "paged", "block_sharing": "on"},
+    *({"cache": f"hqq_int{bits}"} for bits in (8, 4, 2) if is_hqq_available()),
 ]
 
 

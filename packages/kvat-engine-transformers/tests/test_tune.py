@@ -23,9 +23,11 @@ from kvat_core.schema import (
     Objective,
     PromptSource,
     Scenario,
+    Space,
 )
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersEngine, knobs
+from kvat_engine_transformers.caches import CACHES
 
 QUICK = Profile(
     name="quick",
@@ -186,27 +188,40 @@ def test_without_a_compiler_a_compiled_candidate_is_unsupported(
     assert all("found none; install g++" in (candidate.reason or "") for candidate in compiled)
 
 
-def reachable() -> list[CandidateEntry]:
+def reachable(space: Space) -> list[CandidateEntry]:
     """Every candidate that some device could be given."""
     shape = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="bfloat16")
     found: dict[str, CandidateEntry] = {}
     for device in ("cpu", "cuda:0", "mps"):
         probe = Probe(device=device, versions={}, threads=1)
         entries = enumerate_candidates(
-            knobs.space(shape, probe, None), "full", pinned={}, excluded=(), incumbent={}, check=lambda settings: None
+            knobs.space(shape, probe, None),
+            space,
+            pinned={},
+            excluded=(),
+            incumbent={},
+            check=lambda settings, probe=probe: knobs.check(settings, shape, probe),
         )
-        found |= {entry.candidate.id: entry for entry in entries}
+        found |= {entry.candidate.id: entry for entry in entries if entry.exclusion is None}
     return list(found.values())
 
 
 @pytest.mark.parametrize(
-    "model_id", ["builtin:mistral", "random:smollm2-135m", "./mine", "random:./mine", "owner/name", './my"\\model']
+    ("model_id", "space"),
+    [
+        ("builtin:mistral", "full"),
+        ("random:smollm2-135m", "safe"),
+        ("./mine", "safe"),
+        ("random:./mine", "safe"),
+        ("owner/name", "safe"),
+        ('./my"\\model', "safe"),
+    ],
 )
 def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
-    run: tuple[Path, Plan], model_id: str
+    run: tuple[Path, Plan], model_id: str, space: Space
 ) -> None:
     _, plan = run
-    for entry in reachable():
+    for entry in reachable(space):
         candidate = entry.candidate
         winner = Choice(id=candidate.id, label=candidate.label, settings=candidate.settings)
         model = plan.model.model_copy(update={"id": model_id})
@@ -216,8 +231,11 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
         assert f"torch.{candidate.settings['dtype']}" in text
         assert ("torch.inference_mode()" in text) == (candidate.settings["grad_mode"] == "inference_mode")
         assert ("sdpa_kernel(" in text) == candidate.settings["attention"].startswith("sdpa_")
-        assert ('"max_cache_len": input_ids.shape[1] + max_new_tokens' in text) == (
-            candidate.settings["cache"] == "static"
+        settings, kind = candidate.settings, CACHES[candidate.settings["cache"]]
+        assert ('"max_cache_len": input_ids.shape[1] + max_new_tokens' in text) == kind.static
+        assert ("CompileConfig(" in text) == (settings["compile"] not in ("off", "auto"))
+        assert ("torch.compiler.reset()" in text) == (
+            settings["compile"] != "off" or settings["attention"] == "flex_attention"
         )
-        assert ("CompileConfig(" in text) == (candidate.settings["compile"] != "off")
-        assert ("torch.compiler.reset()" in text) == (candidate.settings["compile"] != "off")
+        assert ("model.generate_batch(" in text) == (settings["cache"] == "paged")
+        assert all(f'"{name}": {value!r}'.replace("'", '"') in text for name, value in kind.quantised.items())

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
 from kvat_core.bounds import CONTEXT, PEAKS, TIMED
-from kvat_core.schema import Limit
+from kvat_core.preview import Exclusion
+from kvat_core.schema import SPACES, Limit
+from kvat_core.space import SAME_RECIPE
 from kvat_report import numbers
 
 if TYPE_CHECKING:
-    from kvat_core.preview import DryRun, Exclusion, Prospect
-    from kvat_core.schema import Limits, Scenario
+    from kvat_core.preview import DryRun, Prospect
+    from kvat_core.schema import Knob, Limits, Scenario, Space
 
 _NAMED = 3
 """Candidates of an exclusion that are named; more are counted."""
@@ -26,7 +28,9 @@ def print_dry_run(found: DryRun) -> None:
     largest = max(found.profile.scenarios, key=lambda scenario: scenario.total_tokens * scenario.batch_size)
     title = f"Candidates, what runs today first, with bounds in {largest.key}:"
     _print_block(title, [_HEADINGS, *(_row(candidate, largest) for candidate in found.candidates)])
-    _print_block("Excluded:", [(_names(one), one.reason) for one in found.excluded])
+    _print_block("Values of each knob:", [(knob.name, _values(knob, found.space)) for knob in found.knobs])
+    _print_block("Cannot run here:", [row for knob in found.knobs for row in _unavailable(knob)])
+    _print_block("Excluded:", list(_exclusions(found)))
     _print_block("Limits:", [(condition,) for condition in _conditions(found.profile.limits)])
     _print_block("Cannot keep them:", [(one.label, miss) for one in found.candidates for miss in one.misses])
     _print_block("Launches and time:", [(line,) for line in _effort(found)])
@@ -47,6 +51,36 @@ def _row(candidate: Prospect, scenario: Scenario) -> tuple[str, ...]:
         numbers.NOTHING if bounds is None else numbers.seconds(bounds.ttft_s),
         numbers.NOTHING if bounds is None else numbers.tokens_per_second(bounds.decode_tps),
     )
+
+
+def _values(knob: Knob, space: Space) -> str:
+    """Those that can run; in brackets those that only a wider space tries."""
+    reach = SPACES.index(space)
+    shown = (
+        value.name if SPACES.index(value.space) <= reach else f"({value.name})"
+        for value in knob.values
+        if value.unavailable is None
+    )
+    return ", ".join(shown)
+
+
+def _unavailable(knob: Knob) -> Iterator[tuple[str, str]]:
+    for value in knob.values:
+        if value.unavailable is not None:
+            yield f"{knob.name}={value.name}", value.unavailable
+
+
+def _exclusions(found: DryRun) -> Iterator[tuple[str, str]]:
+    """What is excluded for another reason than a single value that cannot run, which is told by value."""
+    told = tuple(f"{name}: " for knob in found.knobs for name, _ in _unavailable(knob))
+    others = [one for one in found.excluded if not one.reason.startswith(told)]
+    same = [one for one in others if one.reason.startswith(SAME_RECIPE)]
+    for one in others:
+        if one not in same:
+            yield _names(one), one.reason
+    if same:
+        labels = tuple(label for one in same for label in one.labels)
+        yield _names(Exclusion(reason="", labels=labels)), "would be done exactly as another candidate"
 
 
 def _names(excluded: Exclusion) -> str:

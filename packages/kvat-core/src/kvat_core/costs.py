@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from kvat_core.run import Run
-from kvat_core.schema import Cell
+from kvat_core.schema import Cell, Purpose
 
 
 class Costs:
@@ -49,9 +49,19 @@ def spent_s(run: Run) -> float:
     return sum(end.wall_s for end in run.ended if end.launch >= run.resumed_at)
 
 
+LOADS: dict[Purpose, int] = {"fidelity": 3, "canary": 2}
+"""Times that a launch loads the model, where that is more than once: for candidate, reference and full precision, or as
+many of these as are not known yet; for a request alone and for several."""
+
+
+def loads(purpose: Purpose) -> int:
+    """Times that a launch for a purpose loads the model."""
+    return LOADS.get(purpose, 1)
+
+
 def spent_launches(run: Run) -> int:
     """Loads of the model since the run was started or resumed."""
-    return sum(order.launch >= run.resumed_at for order in run.launches)
+    return sum(loads(order.purpose) for order in run.launches if order.launch >= run.resumed_at)
 
 
 _Key = TypeVar("_Key", str, Cell)

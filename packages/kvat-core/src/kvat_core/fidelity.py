@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvat_core.run import Run
 from kvat_core.schema import CanaryVerdict, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
 
@@ -74,8 +76,11 @@ def objection(run: Run, candidate_id: str) -> str | None:
     """Why a candidate must not be recommended for what it loses, or None."""
     candidate = run.entry(candidate_id).candidate
     # What the user runs already is accepted, and so is what they allow.
-    if not candidate.lossy or run.header.profile.limits.allow_lossy:
+    accepted = not candidate.lossy and not candidate.exact
+    if accepted or run.header.profile.limits.allow_lossy:
         return None
+    if candidate.exact:
+        return _beyond_the_limits(run, candidate_id) if verdict(run, candidate_id) == "lossy" else None
     if run.header.shape.weights == "random":
         return "may change the output, which random weights cannot tell; --allow-lossy accepts that"
     judged = verdict(run, candidate_id)
@@ -83,13 +88,15 @@ def objection(run: Run, candidate_id: str) -> str | None:
         return "may change the output beyond rounding, which was not judged; --allow-lossy accepts that"
     if (lacks := run.fidelity[candidate_id].lacks) is not None and not _reference_is_accepted(run, candidate_id):
         return f"may change the output, and was not held against full precision ({lacks}); --allow-lossy accepts that"
-    if judged != "lossy":
-        return None
+    return _beyond_the_limits(run, candidate_id) if judged == "lossy" else None
+
+
+def _beyond_the_limits(run: Run, candidate_id: str) -> str:
     losses, limits = _losses(run, candidate_id), run.header.profile.limits
     return (
         f"loses fidelity: KL {sum(loss.kl_nats for loss in losses):.2g} nats of at most "
         f"{limits.max_kl_nats or MAX_KL_NATS:g}, first choices agree in "
-        f"{min(loss.top1_agreement for loss in losses):.1%} of at least {MIN_TOP1_AGREEMENT:.0%}; --max-kl or "
+        f"{_share(min(loss.top1_agreement for loss in losses))} of at least {MIN_TOP1_AGREEMENT:.0%}; --max-kl or "
         "--allow-lossy accepts that"
     )
 
@@ -138,7 +145,7 @@ def in_words(seen: Fidelity) -> str:
     clear = next((one.first_clear_divergence for one in parts if one.first_clear_divergence is not None), None)
     where = "" if clear is None else f", the first clearly other choice at token {clear + 1}"
     kl_nats, agreement = max(one.kl_nats for one in parts), min(one.top1_agreement for one in parts)
-    return f"differs from its reference: KL {kl_nats:.2g} nats, first choices agree in {agreement:.1%}{where}"
+    return f"differs from its reference: KL {kl_nats:.2g} nats, first choices agree in {_share(agreement)}{where}"
 
 
 def result(run: Run, candidate_id: str) -> FidelityResult:
@@ -187,6 +194,11 @@ def _why_not_judged(run: Run, candidate_id: str) -> str | None:
         return f"the model holds fewer than {LEAST_STEPS} tokens after the prompt"
     failed = next((one.failure for one in run.judged if one.candidate == candidate_id and one.failure), None)
     return "the run did not come to it" if failed is None else f"{failed.kind}, {failed.reason}"
+
+
+def _share(value: float) -> str:
+    """To a tenth of a percent, rounded down: what misses a limit is not shown as keeping it."""
+    return f"{math.floor(1000 * value) / 10:.1f}%"
 
 
 def _scored_prompt_tokens(run: Run) -> int:

@@ -46,6 +46,7 @@ from kvat_core.schema import (
     ContextBound,
     Footprint,
     Header,
+    Knob,
     Limits,
     ModelRef,
     ModelShape,
@@ -130,6 +131,8 @@ class Preparation:
 
     out: Path
     header: Header
+    knobs: tuple[Knob, ...]
+    """All that can be set, with every value."""
     entries: tuple[CandidateEntry, ...]
     recipes: Mapping[Cell, Recipe]
     recipe_at: Callable[[Cell], Recipe]
@@ -235,7 +238,8 @@ def _look(
         threads=request.threads or probe.threads,
         options=dict(request.engine_options),
     )
-    entries, recipes = _candidates(request, engine, probe, shape, target, fitted)
+    knobs = tuple(engine.space(shape, probe, SpaceRequest(space=request.space, threads=request.threads)))
+    entries, recipes = _candidates(request, engine, knobs, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
     header = header.model_copy(update={"longest_context": _context_bound(request.max_context, fitted, shape)})
@@ -253,7 +257,7 @@ def _look(
         return engine.recipe(own, scenario, target), engine.recipe(in_full, scenario, target)
 
     return Preparation(
-        asked.out, header, tuple(entries), recipes, recipe_at, references, asked.source, probe.device_uuid
+        asked.out, header, knobs, tuple(entries), recipes, recipe_at, references, asked.source, probe.device_uuid
     )
 
 
@@ -517,11 +521,17 @@ def _loaded_peak_bytes(
 
 
 def _candidates(
-    request: TuneRequest, engine: Engine, probe: Probe, shape: ModelShape, target: Target, profile: Profile
+    request: TuneRequest,
+    engine: Engine,
+    knobs: Sequence[Knob],
+    probe: Probe,
+    shape: ModelShape,
+    target: Target,
+    profile: Profile,
 ) -> tuple[list[CandidateEntry], dict[Cell, Recipe]]:
     """Candidates with their recipes; two with the same recipes are one."""
     entries = space.enumerate_candidates(
-        engine.space(shape, probe, SpaceRequest(space=request.space, threads=request.threads)),
+        knobs,
         request.space,
         pinned=request.pinned,
         excluded=request.excluded,
@@ -537,7 +547,7 @@ def _candidates(
             mine = {s.key: engine.recipe(entry.candidate.settings, s, target) for s in profile.scenarios}
             known_by = digest([recipe.key for recipe in mine.values()])
             first = seen.setdefault(known_by, entry.candidate.label)
-            same = None if first == entry.candidate.label else f"has the same recipe as {first}"
+            same = None if first == entry.candidate.label else f"{space.SAME_RECIPE} {first}"
             reference = engine.reference(entry.candidate.settings, shape)
             entry = entry.model_copy(update={"exclusion": same, "recipes": known_by, "reference": reference})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}

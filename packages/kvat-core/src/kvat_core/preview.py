@@ -15,7 +15,7 @@ from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import Client, WorkerProcess
 from kvat_core.preparation import Preparation, TuneRequest, foresee
 from kvat_core.run import Run
-from kvat_core.schema import CandidateEntry, Header, Profile, Record, Scenario
+from kvat_core.schema import CandidateEntry, Header, Knob, Profile, Record, Scenario, Space
 from kvat_core.search import Allowance, Rationed, Vetted, find_search
 
 NO_CEILINGS_NOTE = (
@@ -68,6 +68,8 @@ class DryRun(Record):
     out: str = Field(description="where the results would be")
     search: str
     profile: Profile = Field(description="fitted to the model, with the limits in force")
+    space: Space
+    knobs: tuple[Knob, ...] = Field(description="all that can be set, each value that cannot run here with its reason")
     candidates: tuple[Prospect, ...] = Field(description="incumbent first, then those that could be fastest")
     excluded: tuple[Exclusion, ...]
     loads: int = Field(description="launches of a block in which every candidate takes part")
@@ -126,6 +128,8 @@ def _foretold(prepared: Preparation, request: TuneRequest) -> DryRun:
         out=str(prepared.out),
         search=header.search,
         profile=header.profile,
+        space=header.space,
+        knobs=prepared.knobs,
         candidates=candidates,
         excluded=_exclusions(prepared.entries),
         loads=len({number for numbers in loads.values() for number in numbers}),

@@ -9,6 +9,8 @@ from kvat_core.errors import UsageError
 from kvat_core.schema import SPACES, Candidate, CandidateEntry, Knob, KnobValue, Space, digest
 
 Settings = dict[str, str]
+SAME_RECIPE = "has the same recipe as"
+"""Start of the reason for which one of two candidates that would do the same is excluded."""
 
 
 def enumerate_candidates(

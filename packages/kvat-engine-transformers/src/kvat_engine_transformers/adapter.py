@@ -20,6 +20,7 @@ from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resou
 from kvat_engine_transformers import actions, batching, forcing, handover, leftovers, memory, proof, registration
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
+from kvat_engine_transformers.kept import cache_of
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
 from kvat_engine_transformers.prompts import model_inputs, prompt_ids, text_ids, unpadded
 from kvat_engine_transformers.random_model import build_random_model
@@ -325,7 +326,7 @@ def _told(call: Call) -> list[tuple[int, int, list[float]]]:
 def _unpack(output: Any) -> tuple[torch.Tensor, Cache | None]:
     if isinstance(output, torch.Tensor):
         return output, None
-    return output.sequences, output.past_key_values
+    return output.sequences, cache_of(output)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -9,6 +9,8 @@ from typing import Any, get_args, get_type_hints
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from kvat_engine_transformers import kept
+
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 _BY_HEAD = {"head_dim", "num_key_value_heads"}
 _OWN_ATTENTION = ("diffllama",)
@@ -25,7 +27,7 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "is an encoder: its tokens see those after them, so nothing can be kept"
     if not _call(model, "_supports_default_dynamic_cache"):
         return "keeps a cache of its own kind, which Transformers lets nobody choose"
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not kept.named(inspect.signature(model.forward).parameters):
         return "keeps no keys and values"
     return None
 
@@ -94,7 +96,7 @@ def _prefill_chunk(model: PreTrainedModel) -> str | None:
     """Chunks go on with the cache that the forward pass before has handed back."""
     hints = get_type_hints(inspect.unwrap(type(model).forward)).get("return")
     outputs = [kind for kind in get_args(hints) or (hints,) if dataclasses.is_dataclass(kind)]
-    if outputs and not any("past_key_values" in {field.name for field in dataclasses.fields(one)} for one in outputs):
+    if outputs and not any(kept.named({field.name for field in dataclasses.fields(one)}) for one in outputs):
         return f"the forward pass of {model.config.model_type} hands back no cache that a second chunk could go on with"
     return None
 

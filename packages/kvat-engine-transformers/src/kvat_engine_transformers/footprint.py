@@ -17,12 +17,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvat_core.schema import Footprint, ModelShape, Scenario
-from kvat_engine_transformers.knobs import DTYPE_BYTES, OWN_THREADS
+from kvat_engine_transformers.caches import CACHES
+from kvat_engine_transformers.knobs import DTYPE_BYTES, NO_CHUNKS, OWN_THREADS
 
 _FLOAT_BYTES = 4
 _VERIFIED = ("llama", "mistral", "qwen3")
 """Architectures whose layers were followed; another one may hold more, so nothing is said of it."""
 _MATERIALISED = ("eager", "sdpa_math")
+_FOLLOWED = {
+    "attention": ("sdpa", "sdpa_flash", *_MATERIALISED),
+    "cache": ("dynamic", "static"),
+    "prefill_chunk": (NO_CHUNKS,),
+    "compile": ("off",),
+}
+"""Values with which tensors were followed."""
 
 
 def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str) -> Footprint | None:
@@ -34,17 +42,30 @@ def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape
     if shape.facts.get("devices", 1) != 1 or shape.quantization is not None:
         return None
     element_bytes = DTYPE_BYTES[settings["dtype"]]
-    known = device == "cpu" and settings["compile"] == "off" and shape.architecture in _VERIFIED
+    known = (
+        device == "cpu"
+        and shape.architecture in _VERIFIED
+        and all(settings[knob] in values for knob, values in _FOLLOWED.items())
+    )
     layer = _Layer.of(shape, element_bytes) if known else None
     return Footprint(
         dtype=settings["dtype"],
         element_bytes=element_bytes,
-        kv_element_bytes=element_bytes,
-        reserved_tokens=scenario.total_tokens if settings["cache"] == "static" else None,
+        kv_element_bytes=_kv_element_bytes(settings, element_bytes),
+        reserved_tokens=scenario.total_tokens if CACHES[settings["cache"]].static else None,
         prefill_bytes=None if layer is None else layer.prefill_bytes(settings, scenario),
         step_bytes=None if layer is None else layer.step_bytes(settings, scenario),
         threads=None if settings["threads"] == OWN_THREADS else int(settings["threads"]),
     )
+
+
+def _kv_element_bytes(settings: Mapping[str, str], element_bytes: int) -> float:
+    """Of a quantised cache its packed numbers, with their share of scale and zero point, where these are per group."""
+    kind = CACHES[settings["cache"]]
+    if not kind.quantised:
+        return element_bytes
+    bits = kind.quantised.get("nbits")
+    return 1 if bits is None else int(str(bits)) / 8 + 2 * element_bytes / int(settings["group_size"])
 
 
 class _Layer:

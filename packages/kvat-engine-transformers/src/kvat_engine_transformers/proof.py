@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from kvat_core.engine import EngineError
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions, batching
+from kvat_engine_transformers.kept import cache_of
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.prompts import model_inputs, unpadded
 from kvat_engine_transformers.quantisation import packed_by
@@ -170,8 +171,8 @@ def observe(
         generate(**inputs, **arguments)
     with witness.watching(model), profile(activities=_activities(model.device)) as profiler:
         output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
-    cache = output.past_key_values
-    if not isinstance(cache, Cache):
+    cache = cache_of(output)
+    if cache is None:
         raise EngineError("unsupported", "this architecture hands back no cache that could prove what ran")
     return Seen(
         cache=type(cache).__name__,

@@ -28,7 +28,7 @@ from kvat_core.schema import (
     Target,
     read_plan,
 )
-from kvat_engine_transformers import headroom, knobs, leftovers
+from kvat_engine_transformers import headroom, kept, knobs, leftovers
 from kvat_engine_transformers.adapter import TransformersAdapter
 from kvat_engine_transformers.calls import carry_out, new_tokens
 from kvat_engine_transformers.description import describe_loaded, describe_model
@@ -172,7 +172,7 @@ class PlannedModel:
         """Call by one candidate after another, until one has an answer."""
         if input_ids.dim() != 2:
             raise UsageError(f"input_ids have {input_ids.dim()} dimensions; give one row per prompt")
-        if options.get("past_key_values") is not None:
+        if any(options.get(name) is not None for name in kept.NAMES):
             tell(PlanWarning, "the call brings a cache of its own; the plan is not used for it")
             return self._original(input_ids=input_ids, **options)
         batch_size, prompt_tokens = input_ids.shape

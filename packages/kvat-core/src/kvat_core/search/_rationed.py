@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from kvat_core import context
-from kvat_core.costs import Costs, spent_launches, spent_s
+from kvat_core.costs import LOADS, Costs, loads, spent_launches, spent_s
 from kvat_core.run import Run
 from kvat_core.schema import Cell, LaunchEnd, LaunchOrder, Purpose
 from kvat_core.search._base import Allowance, memory_order, peaks_of_a_plan
-from kvat_core.search._vetted import LOADS, Vetted
+from kvat_core.search._vetted import Vetted
 
 
 class Rationed:
@@ -35,7 +35,7 @@ class Rationed:
         if order.purpose == "context":
             return order if self._affords(run, 1, context.trial_s(run, order)) else None
         if order.purpose in LOADS:
-            return order if self._affords(run, 1, self._vetting_s(run, order.purpose)) else None
+            return order if self._affords(run, loads(order.purpose), self._vetting_s(run, order.purpose)) else None
         peaks = [] if order.purpose == "memory" else [[cell] for cell in peaks_of_a_plan(run)]
         if self._fit(run, [order.cells, *peaks]):
             return order
@@ -60,7 +60,7 @@ class Rationed:
         if ended:
             return fmean(end.wall_s for end in run.ended if end.launch in ended)
         others = [end.wall_s / len(order.cells) for order, end in _ended(run)]
-        return LOADS[purpose] * fmean(others) if others else 0.0
+        return loads(purpose) * fmean(others) if others else 0.0
 
     def _affords(self, run: Run, number: int, seconds: float) -> bool:
         """Whether so many launches, which take so long, are left."""

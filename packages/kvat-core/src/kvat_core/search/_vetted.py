@@ -12,9 +12,6 @@ from kvat_core.search._base import MEMORY, Search
 
 FIDELITY, CANARY = MEMORY + 1, MEMORY + 2
 """Rounds of launches that belong to no block."""
-LOADS: dict[Purpose, int] = {"fidelity": 3, "canary": 2}
-"""Times that such a launch loads the model: candidate, reference and full precision; once for a request alone, once for
-several."""
 
 
 class Vetted:
@@ -33,13 +30,14 @@ class Vetted:
         order = self._search.next(run)
         if order is None:
             return self._of_the_winner(run)
-        if order.purpose not in ("timing", "run_off"):
+        waiting = [cell for cell in order.cells if _has_to_wait(run, cell.candidate, order.purpose)]
+        if not waiting:
             return order
-        for cell in order.cells:
-            claims_to_be_exact = not run.entry(cell.candidate).candidate.lossy
-            if _is_to_be_judged(run, cell.candidate) and not (claims_to_be_exact and order.purpose == "timing"):
-                return _judgement(run, cell.candidate)
-        return order
+        ready = tuple(cell for cell in order.cells if cell not in waiting)
+        # A run that is cut short should know what it compares with before what it would rather not recommend.
+        if ready and order.purpose == "timing":
+            return order.model_copy(update={"cells": ready})
+        return _judgement(run, waiting[0].candidate)
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
@@ -62,6 +60,12 @@ class Vetted:
             scene = fidelity.canary_scene(run)
             orders.append(_order(run, CANARY, "canary", Cell(candidate=winner, scenario=scene.key)))
         return orders
+
+
+def _has_to_wait(run: Run, candidate_id: str, purpose: Purpose) -> bool:
+    """Whether a candidate is judged before it takes part: in a block if it may lose output, in a run-off anyway."""
+    lossy = run.entry(candidate_id).candidate.lossy
+    return (purpose == "run_off" or (purpose == "timing" and lossy)) and _is_to_be_judged(run, candidate_id)
 
 
 def _is_to_be_judged(run: Run, candidate_id: str) -> bool:
