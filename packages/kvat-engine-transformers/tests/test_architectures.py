@@ -116,7 +116,7 @@ SHARING = "block_sharing=on"
 PAGED = ("cache=paged", SHARING)
 
 
-NO_FLASH = "unsupported: the forced attention kernel cannot serve this model on this device"
+NO_FLASH = "unsupported: the forced attention kernel cannot serve this model or mask on this device"
 OTHER_HEADS = "unsupported: Transformers made the cache for other heads than this model has"
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import QuantizedCache
 from transformers.utils.import_utils import is_hqq_available
 
-from kvat_core import Profile, TuneRequest, likeness, tune
+from kvat_core import Plan, Profile, TuneRequest, likeness, tune
 from kvat_core.fidelity import MIN_TOP1_AGREEMENT
 from kvat_core.likeness import Reference
 from kvat_core.schema import Likeness, Objective, PromptSource, Recipe, Scenario
@@ -118,8 +118,10 @@ def test_a_scorer_of_one_pass_would_find_nothing_lost(prepared: Prepared, refere
     assert stepwise.kl_nats > 1e4 * planted.kl_nats
 
 
-@pytest.mark.slow
-def test_lost_fidelity_is_not_recommended_unless_it_is_allowed(tmp_path: Path) -> None:
+ONE_LOAD = {"attention": "sdpa", "compile": "off", "grad_mode": "no_grad", "prefill_chunk": "off"}
+
+
+def tuned(out: Path, pinned: dict[str, str], *excluded: tuple[str, str]) -> Plan:
     profile = Profile(
         name="fidelity",
         scenarios=(Scenario(prompt_tokens=PROMPT_TOKENS, output_tokens=8),),
@@ -127,24 +129,41 @@ def test_lost_fidelity_is_not_recommended_unless_it_is_allowed(tmp_path: Path) -
         launches=1,
         samples=1,
     )
-    pinned = {"dtype": "float32", "attention": "sdpa", "compile": "off", "grad_mode": "no_grad", "prefill_chunk": "off"}
-    others = [f"hqq_int{bits}" for bits in (8, 4, 2)]
-    excluded = [
-        *(("cache", name) for name in (*others, "static", "paged", "fp8")),
-        ("residual_length", "32"),
-        ("group_size", "32"),
-    ]
     request = TuneRequest(
-        out=tmp_path / "out",
+        out=out,
         engine="transformers",
         model=MODEL,
         threads=1,
         profile=profile,
         space="full",
         pinned=pinned,
-        excluded=tuple(excluded),
+        excluded=excluded,
     )
-    plan = tune(request).plan
+    return tune(request).plan
+
+
+@pytest.mark.slow
+def test_less_precision_is_held_against_full_precision(tmp_path: Path) -> None:
+    plan = tuned(tmp_path / "out", {**ONE_LOAD, "cache": "dynamic"}, ("dtype", "float16"))
+    found = {one.settings["dtype"]: one for one in plan.candidates if one.state == "ok"}
+    assert found["float32"].fidelity.verdict == "exact"
+    less = found["bfloat16"].fidelity
+    assert less.kl_nats == 0.0, "it is its own reference"
+    assert less.full_precision_kl_nats is not None
+    assert 1e-6 < less.full_precision_kl_nats < 0.01
+    assert less.verdict in ("close", "lossy")
+    assert found["bfloat16"].eligible == (less.verdict == "close")
+
+
+@pytest.mark.slow
+def test_lost_fidelity_is_not_recommended_unless_it_is_allowed(tmp_path: Path) -> None:
+    plan = tuned(
+        tmp_path / "out",
+        {**ONE_LOAD, "dtype": "float32"},
+        *(("cache", name) for name in ("hqq_int8", "hqq_int4", "hqq_int2", "static", "paged", "fp8")),
+        ("residual_length", "32"),
+        ("group_size", "32"),
+    )
     found = {one.settings["cache"]: one for one in plan.candidates if one.state == "ok"}
     assert set(found) == {"dynamic", "quanto_int4", "quanto_int2"}
     lost = found["quanto_int2"]

@@ -72,9 +72,7 @@ def tuned(site: Path, out: Path, engine: str) -> Run:
         ("sharing", "leak", "a request is answered differently after a longer and after a shorter one"),
     ],
 )
-def test_a_planted_fault_is_caught_by_its_kind(
-    site: Path, tmp_path: Path, engine: str, kind: str, reason: str
-) -> None:
+def test_a_planted_fault_is_caught_by_its_kind(site: Path, tmp_path: Path, engine: str, kind: str, reason: str) -> None:
     run = tuned(site, tmp_path / "out", engine)
     assert run.failures, "it was caught"
     assert {one.failure.kind for one in run.failures.values()} == {kind}

@@ -28,6 +28,7 @@ from kvat_engine_transformers import (
     patch_generate,
 )
 from kvat_engine_transformers.devices import probe_device
+from kvat_engine_transformers.kept import NAMES, cache_of
 from kvat_engine_transformers.knobs import space
 from kvat_engine_transformers.proof import compiled_graphs
 
@@ -71,6 +72,11 @@ def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(headroom, "available_memory_bytes", lambda: count)
 
 
+def given_cache(options: Mapping[str, Any]) -> Any:
+    """What a forward call is given to keep its keys and values in."""
+    return next(options[name] for name in NAMES if name in options)
+
+
 @dataclass
 class Spy:
     """Notes how the forward pass was reached, and can make calls fail."""
@@ -84,7 +90,7 @@ class Spy:
     fails: Callable[[str, str], BaseException | None] = lambda cache, attention: None
 
     def look(self, module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
-        cache, attention = options["past_key_values"], str(self.model.config._attn_implementation)
+        cache, attention = given_cache(options), str(self.model.config._attn_implementation)
         if (error := self.fails(type(cache).__name__, attention)) is not None:
             raise error
         if cache.get_seq_length() == 0:
@@ -128,7 +134,7 @@ def test_what_the_caller_asks_for_comes_first(llama: PreTrainedModel, make_plan:
         IDS, 4, attention_mask=mask, do_sample=True, return_dict_in_generate=True, eos_token_id=None
     )
     assert output.sequences.shape == (2, 16)
-    assert isinstance(output.past_key_values, StaticCache)
+    assert isinstance(cache_of(output), StaticCache)
 
 
 def test_so_does_what_the_caller_asks_for_in_a_generation_config(
@@ -556,7 +562,7 @@ def test_on_a_card_memory_that_ran_out_is_there_for_the_next_candidate(make_plan
     ids, seen = IDS.to("cuda:0"), []
 
     def greedy(module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
-        if isinstance(options["past_key_values"], StaticCache):
+        if isinstance(given_cache(options), StaticCache):
             ballast = torch.empty(torch.cuda.mem_get_info(0)[0] // 2, dtype=torch.uint8, device="cuda:0")
             torch.empty(2 * total, dtype=torch.uint8, device="cuda:0")
             ballast.zero_()

@@ -181,10 +181,14 @@ class Engine(ABC):
     def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str] | None:
         """Settings whose output these must have: the plainest way to compute the same in the same precision.
 
-        Of the plainest way itself, it is the one in full precision, which is its own reference. None = the adapter
-        cannot `score`, so nothing is judged, and what may lose output is not recommended.
+        The plainest way is its own reference. None = the adapter cannot `score`, so nothing is judged, and what may
+        lose output is not recommended.
         """
         return None
+
+    def in_full_precision(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
+        """The same settings in full precision: what a reference in less is held against. They may be just these."""
+        return settings
 
     @abstractmethod
     def snippet(self, plan: Plan) -> Mapping[str, str]:

@@ -40,7 +40,7 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
     any more. not_meaningful: random weights predict nothing that could be lost; they still tell broken and exact.
     """
     seen, candidate = run.fidelity.get(candidate_id), run.entry(candidate_id).candidate
-    if run.entry(candidate_id).is_reference:
+    if run.entry(candidate_id).is_reference and not candidate.lossy:
         return "exact"
     if seen is None:
         return None
@@ -110,7 +110,9 @@ def may_be_accepted(run: Run, candidate_id: str) -> bool:
 def can_be_judged(run: Run, candidate_id: str) -> bool:
     """Whether there is a reference to hold a candidate against, and room for enough tokens."""
     entry = run.entry(candidate_id)
-    return entry.reference is not None and not entry.is_reference and steps(run) >= LEAST_STEPS
+    # What others are held against may lose output by its precision alone.
+    trivial = entry.is_reference and not entry.candidate.lossy
+    return entry.reference is not None and not trivial and steps(run) >= LEAST_STEPS
 
 
 def steps(run: Run) -> int:
@@ -188,7 +190,7 @@ def notes(run: Run, winner: str) -> list[str]:
 def _why_not_judged(run: Run, candidate_id: str) -> str | None:
     """None where it was judged, or is what others are held against, or where the engine cannot judge at all."""
     entry = run.entry(candidate_id)
-    if entry.reference is None or entry.is_reference or candidate_id in run.fidelity:
+    if entry.reference is None or candidate_id in run.fidelity or (entry.is_reference and not entry.candidate.lossy):
         return None
     if steps(run) < LEAST_STEPS:
         return f"the model holds fewer than {LEAST_STEPS} tokens after the prompt"

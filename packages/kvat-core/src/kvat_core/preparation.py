@@ -253,7 +253,7 @@ def _look(
         scenario, of = Scenario.of_key(cell.scenario), {entry.candidate.id: entry.reference for entry in entries}
         own = of[cell.candidate]
         assert own is not None, "only what has a reference is judged"
-        in_full = engine.reference(own, shape) or own
+        in_full = engine.in_full_precision(own, shape)
         return engine.recipe(own, scenario, target), engine.recipe(in_full, scenario, target)
 
     return Preparation(

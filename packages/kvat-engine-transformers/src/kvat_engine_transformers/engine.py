@@ -44,6 +44,9 @@ class TransformersEngine(Engine):
     def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
         return knobs.reference(settings, shape)
 
+    def in_full_precision(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
+        return knobs.in_full_precision(settings, shape)
+
     def footprint(
         self, settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str
     ) -> Footprint | None:

@@ -45,6 +45,8 @@ PLAIN = {
 }
 """What Transformers does by itself with most models; of all knobs but dtype and threads, which have no default."""
 
+_ANYWHERE = Probe(device="cpu", versions={})
+"""For what does not depend on the machine."""
 OWN_THREADS = "own"
 """Value of `threads` that leaves torch the number it takes by itself."""
 
@@ -72,12 +74,15 @@ def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, .
 
 
 def reference(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
-    """The plainest way to compute the same in the same dtype; of that itself, the one in float32."""
-    anywhere = Probe(device="cpu", versions={})
-    defaults = {knob.name: knob.default for knob in space(shape, anywhere, None)}
-    kept = {name: settings[name] for name in ("dtype", "threads")}
-    plain = {**defaults, **kept}
-    return plain if plain != settings else {**plain, "dtype": "float32"}
+    """The plainest way to compute the same in the same dtype, with as many threads."""
+    defaults = {knob.name: knob.default for knob in space(shape, _ANYWHERE, None)}
+    return {**defaults, "dtype": settings["dtype"], "threads": settings["threads"]}
+
+
+def in_full_precision(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
+    """The same in float32, unless the model is in its own dtype only."""
+    full = _dtype(shape, _ANYWHERE).value("float32")
+    return {**settings, "dtype": "float32"} if full is not None and full.unavailable is None else dict(settings)
 
 
 def require_known(settings: Mapping[str, str]) -> None:
