@@ -4,7 +4,7 @@
     python benchmarks/gpu/_one_value.py DEVICE SETTINGS    # one of them, JSON: applied as the recipe says, and right?
 
 Prints one line of JSON. The model is `builtin:llama`, which is trained to answer a recall task: what damages its cache
-makes it forget.
+makes it forget, and what is less precise predicts otherwise than the plainest settings of the same dtype.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvat_core import Scenario, metrics
+from kvat_core import Scenario, likeness, metrics
 from kvat_core.engine import EngineError, Probe, SpaceRequest
-from kvat_core.schema import Knob, KnobValue, ModelRef, ModelShape, PromptSource, Target
+from kvat_core.schema import Knob, KnobValue, Likeness, ModelRef, ModelShape, PromptSource, Target
 from kvat_engine_transformers import TransformersEngine
 from kvat_engine_transformers.recall import build_example, recall
 
 MODEL = ModelRef(id="builtin:llama")
-SCENARIO = Scenario(prompt_tokens=1024, output_tokens=16)
+SCENARIO = Scenario(prompt_tokens=1024, output_tokens=64)
+ANSWERS = 8
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")
 EXAMPLES = 4
 ENGINE = TransformersEngine()
@@ -91,6 +92,7 @@ def tried(device: str, settings: Mapping[str, str]) -> dict[str, Any]:
                 adapter.run_decode(prompt, SCENARIO.output_tokens)
             timeline = adapter.run_decode(prompt, SCENARIO.output_tokens)
             answered = right_share(adapter)
+            alike = likeness_to_reference(adapter, settings, device)
         except EngineError as error:
             return {"failed": f"{error.kind}: {error.reason}"}
     return {
@@ -99,7 +101,25 @@ def tried(device: str, settings: Mapping[str, str]) -> dict[str, Any]:
         "invalid": metrics.invalid_reason(timeline, SCENARIO),
         "compilations": timeline.compilations,
         "recall": answered,
+        "kl_nats": alike.kl_nats,
+        "top1_agreement": alike.top1_agreement,
+        "clear_divergence": alike.first_clear_divergence,
     }
+
+
+def likeness_to_reference(adapter: Any, settings: Mapping[str, str], device: str) -> Likeness:
+    """How alike the predictions are, token by token, to those of the plainest settings in the same dtype."""
+    shape = ENGINE.describe(MODEL, device, {})
+    plain = ENGINE.recipe(ENGINE.reference(settings, shape), SCENARIO, Target(model=MODEL, device=device))
+    reference: Any = type(adapter)()
+    reference.load_model(**plain.load)
+    reference.prepare_cache(plain)
+    steps = SCENARIO.output_tokens
+    whole = adapter.token_ids(adapter.make_prompt(TEXT, [SCENARIO.total_tokens], 1))
+    ids, text = whole[:, :-steps], whole[:, -steps:]
+    expected, _ = reference.score(ids, steps, text)
+    noise = likeness.rounding(expected, reference.score_at_once(ids, text))
+    return likeness.compare(expected, adapter.score(ids, steps, text)[0], noise)
 
 
 def right_share(adapter: Any) -> float:
@@ -113,7 +133,7 @@ def right_share(adapter: Any) -> float:
         return made[len(ids) :]
 
     examples = (
-        build_example(Random(seed), length=SCENARIO.prompt_tokens, pairs=24, answers=SCENARIO.output_tokens // 2)
+        build_example(Random(seed), length=SCENARIO.prompt_tokens, pairs=24, answers=ANSWERS)
         for seed in range(EXAMPLES)
     )
     return recall(generate, examples)

@@ -50,6 +50,12 @@ def bounds(values: Sequence[dict[str, Any]]) -> Iterator[Bound]:
         "<=",
         0,
     )
+    others = _clearly_others(lossless)
+    yield Bound(f"lossless knob values, of {len(lossless)}, that clearly predict another token", others, "<=", 0)
+
+
+def _clearly_others(values: Sequence[dict[str, Any]]) -> int:
+    return sum(one["clear_divergence"] is not None for one in values)
 
 
 def table(values: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -100,4 +106,5 @@ def _outcome(one: dict[str, Any]) -> str:
     if _wrong(result):
         compiled = f"{result['compilations']} compilations after warm-up" if result["compilations"] else ""
         return "NOT APPLIED: " + "; ".join(filter(None, [*result["mismatches"], result["invalid"], compiled]))
-    return f"applied, recall {result['recall']:.3f}{' (lossy)' if one['lossy'] else ''}"
+    alike = f"KL {result['kl_nats']:.2g} nats, first choices agree in {result['top1_agreement']:.1%}"
+    return f"applied, recall {result['recall']:.3f}, {alike}{' (lossy)' if one['lossy'] else ''}"

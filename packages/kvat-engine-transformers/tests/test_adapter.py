@@ -15,7 +15,7 @@ import torch
 from kvat_core import metrics
 from kvat_core.engine import EngineError
 from kvat_core.schema import PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, proof
+from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, live, observation, proof
 from kvat_engine_transformers.recall import build_example, recall
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
@@ -174,14 +174,14 @@ def test_a_setting_that_did_not_run_is_caught(
     adapter, ran = prepared("builtin:llama", **ran_settings)
     options = {**actions.arguments(ran), "max_new_tokens": 3, "eos_token_id": None}
     with actions.entered(ran):
-        seen = proof.observe(adapter.model, prompt(adapter), ran, options, proof.compiled_graphs())
+        seen = observation.observe(adapter.model, prompt(adapter), ran, options, live.compiled_graphs())
     assert any(mismatch.startswith(what) for mismatch in proof.compare(seen, claimed).mismatches)
     assert proof.compare(seen, ran).mismatches == ()
 
 
 def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
     adapter, ran = prepared("builtin:llama")
-    seen = proof.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    seen = observation.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
     (mismatch,) = proof.compare(replace(seen, kernels=()), ran).mismatches
     assert mismatch == "kernel: SDPA was asked for, none of its kernels ran"
 
@@ -198,7 +198,7 @@ def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
 )
 def test_weights_are_mostly_in_the_recipes_dtype(prepared: Prepared, dtypes: tuple[str, ...], wrong: bool) -> None:
     adapter, ran = prepared("builtin:llama", dtype="bfloat16")
-    seen = proof.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    seen = observation.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
     assert seen.dtypes == ("bfloat16",)
     mismatches = proof.compare(replace(seen, dtypes=dtypes), ran).mismatches
     assert any(mismatch.startswith("weights: the recipe says bfloat16") for mismatch in mismatches) == wrong

@@ -17,7 +17,7 @@ from kvat_core import Objective, Profile, TuneRequest, tune
 from kvat_core.engine import EngineError
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, builtin_path, devices, proof
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, builtin_path, devices, observation, proof
 from kvat_engine_transformers.recipes import recipe
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
@@ -74,10 +74,10 @@ def _any_request() -> Any:
     return SpaceRequest(space="safe")
 
 
-def seen_with(prepared: Prepared, **changes: Any) -> tuple[proof.Seen, Recipe]:
+def seen_with(prepared: Prepared, **changes: Any) -> tuple[observation.Seen, Recipe]:
     """A read-back of the built-in model, and a recipe that asks for a map."""
     adapter, ran = prepared("builtin:llama")
-    read_back: list[proof.Seen] = []
+    read_back: list[observation.Seen] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "compare", lambda seen, _: read_back.append(seen))
         adapter.applied(adapter.make_prompt(TEXT, [48], 1))

@@ -17,7 +17,7 @@ from kvat_core import Objective, Profile, TuneRequest, tune
 from kvat_core.engine import SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, proof
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, observation, proof
 
 ENGINE = TransformersEngine()
 KIND = "compressed-tensors pack-quantized"
@@ -93,7 +93,7 @@ def test_packed_weights_are_accepted_and_the_dtype_of_the_rest_is_checked(checkp
     load = dict(recipe.load)
     adapter.load_model(**load)  # type: ignore[arg-type]
     adapter.prepare_cache(recipe)
-    read_back: list[proof.Seen] = []
+    read_back: list[observation.Seen] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "compare", lambda seen, _: read_back.append(seen))
         adapter.applied(adapter.make_prompt(PromptSource(kind="text", value="words"), [24], 1))

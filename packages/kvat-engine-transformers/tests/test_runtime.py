@@ -30,7 +30,7 @@ from kvat_engine_transformers import (
 from kvat_engine_transformers.devices import probe_device
 from kvat_engine_transformers.kept import NAMES, cache_of
 from kvat_engine_transformers.knobs import space
-from kvat_engine_transformers.proof import compiled_graphs
+from kvat_engine_transformers.live import compiled_graphs
 
 README = Path(__file__).parents[1] / "README.md"
 GIB = 2**30

@@ -24,6 +24,7 @@ from kvat_engine_transformers import (
     actions,
     builtin_path,
     load_plan,
+    observation,
     proof,
     registration,
     snippet,
@@ -173,7 +174,7 @@ def test_it_is_applied_and_proven(prepared: Prepared, model_id: str, cache: str)
 def test_another_kernel_is_caught(prepared: Prepared, kernels: tuple[str, ...], mismatch: str) -> None:
     adapter, ran = prepared("builtin:llama", attention="xformers")
     options = {**actions.arguments(ran), "max_new_tokens": 3}
-    seen = proof.observe(adapter.model, adapter.make_prompt(TEXT, (48,), 1), ran, options, 0)
+    seen = observation.observe(adapter.model, adapter.make_prompt(TEXT, (48,), 1), ran, options, 0)
     assert proof.compare(replace(seen, kernels=kernels), ran).mismatches == (mismatch,)
 
 

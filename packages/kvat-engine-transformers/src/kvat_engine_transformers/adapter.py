@@ -17,7 +17,18 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTraine
 
 from kvat_core.engine import EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import actions, batching, forcing, handover, leftovers, memory, proof, registration
+from kvat_engine_transformers import (
+    actions,
+    batching,
+    forcing,
+    handover,
+    leftovers,
+    live,
+    memory,
+    observation,
+    proof,
+    registration,
+)
 from kvat_engine_transformers.clocks import TokenClock, clock_for
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.kept import cache_of
@@ -94,7 +105,7 @@ class TransformersAdapter(EngineAdapter):
         leftovers.forget_length(self.model)
         if strategy != self._prepared:
             leftovers.forget_compiled(self.model)
-            self._graphs_before = proof.compiled_graphs()
+            self._graphs_before = live.compiled_graphs()
         self._cache_bytes = self._predicted_cache_bytes = None
         self._prepared = strategy
         for device in self._devices():
@@ -110,7 +121,9 @@ class TransformersAdapter(EngineAdapter):
 
     def applied(self, prompt: torch.Tensor) -> Applied:
         with translated(), actions.entered(self._recipe):
-            seen = proof.observe(self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before)
+            seen = observation.observe(
+                self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before
+            )
         return proof.compare(seen, self._recipe)
 
     def token_ids(self, prompt: torch.Tensor) -> NDArray[np.int64]:
@@ -186,7 +199,7 @@ class TransformersAdapter(EngineAdapter):
 
     def _generate_batch(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
         rows, arguments = unpadded(prompt), self._arguments(max_new_tokens)
-        graphs = proof.compiled_graphs()
+        graphs = live.compiled_graphs()
         with batching.watched(self.model) as self._watch:
             _synchronize(self.model.device)
             start_ns = time.perf_counter_ns()
@@ -201,7 +214,7 @@ class TransformersAdapter(EngineAdapter):
             clock="host",
             token_s=[[at - start_ns / 1e9 for at in answer.token_s] for answer in answers],
             duration_s=duration_s,
-            compilations=proof.compiled_graphs() - graphs,
+            compilations=live.compiled_graphs() - graphs,
         )
 
     def _generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
@@ -209,7 +222,7 @@ class TransformersAdapter(EngineAdapter):
         # On mps a cache that is handed back switches on its recording, which would cost time at each step.
         arguments["return_dict_in_generate"] = self.model.device.type != "mps"
         generate: Any = self.model.generate
-        graphs = proof.compiled_graphs()
+        graphs = live.compiled_graphs()
         inputs = model_inputs(prompt)
         self._clock = clock = clock_for(self.model.device)
         _synchronize(self.model.device)
@@ -221,7 +234,7 @@ class TransformersAdapter(EngineAdapter):
         token_s = clock.token_s()
         tokens, cache = _unpack(output)
         self._look_at(cache, prompt, max_new_tokens)
-        compilations = proof.compiled_graphs() - graphs
+        compilations = live.compiled_graphs() - graphs
         return Call(tokens, prompt, clock.kind, [token_s], duration_s, compilations)
 
     def _look_at(self, cache: Cache | None, prompt: torch.Tensor, output_tokens: int) -> None:
