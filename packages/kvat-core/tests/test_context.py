@@ -33,7 +33,7 @@ from kvat_core.schema import (
     Scenario,
 )
 from kvat_core.scoring import compared_contexts
-from kvat_core.search import Allowance, Grid, Race, Rationed, Search
+from kvat_core.search import Allowance, Grid, Race, Rationed, Search, Vetted
 from kvat_core.search._entrants import survivors
 
 MakeRun = Callable[..., Run]
@@ -460,7 +460,7 @@ def test_a_trial_that_the_time_does_not_allow_is_not_made(make_run: MakeRun) -> 
     run = make_run(SLOW, shape=SHAPE, longest_context=bound, unreadable=["today"])
 
     def ordered(wall_s: float) -> LaunchOrder | None:
-        return Rationed(Grid(keys_of(run), 0), keys_of(run), Allowance(wall_s=wall_s)).next(run)
+        return Rationed(Vetted(Grid(keys_of(run), 0)), keys_of(run), Allowance(wall_s=wall_s)).next(run)
 
     assert ordered(33.9) is None
     order = ordered(34.1)

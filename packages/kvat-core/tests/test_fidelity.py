@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvat_core import TuneRequest, decide_again, likeness, tune
+from kvat_core import Profile, TuneRequest, decide_again, likeness, tune
+from kvat_core.costs import spent_launches
 from kvat_core.errors import AllFailed
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import read_journal
 from kvat_core.run import Run
-from kvat_core.schema import CandidateResult, Likeness, Limits, Rounding
+from kvat_core.schema import CandidateResult, Likeness, Limits, Objective, Rounding, Scenario
 from kvat_core.tuner import TuneResult
 
 VOCABULARY = 8
@@ -195,3 +196,22 @@ def test_random_weights_make_nothing_lossy_eligible(
     assert plan.candidate(plan.require_winner().id).fidelity.verdict == "exact"
     again = decide_again(tmp_path / "out" / "journal.jsonl", None, Limits(allow_lossy=True))
     assert any(one.eligible for one in again.candidates if one.fidelity.lossy)
+
+
+@pytest.mark.parametrize("most", [20, 30])
+def test_some_of_what_a_run_may_take_is_kept_for_vetting_its_winner(
+    tmp_path: Path, in_process_worker: type, most: int
+) -> None:
+    profile = Profile(
+        name="long",
+        scenarios=(Scenario(prompt_tokens=32, output_tokens=8),),
+        objective=Objective(ttft=1, decode=1),
+        launches=50,
+        samples=1,
+    )
+    result = tuned(tmp_path / "out", in_process_worker, model="fake:trained", profile=profile, max_launches=most)
+    assert result.plan.partial
+    assert result.plan.canary == "clean"
+    winner = result.plan.candidate(result.plan.require_winner().id)
+    assert winner.fidelity.verdict == "exact"
+    assert spent_launches(events(tmp_path / "out")) <= most

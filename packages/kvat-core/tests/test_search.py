@@ -42,7 +42,7 @@ from kvat_core.schema import (
 )
 from kvat_core.scoring import compared_peaks
 from kvat_core.screening import standing
-from kvat_core.search import Allowance, Grid, Race, Rationed, find_search
+from kvat_core.search import Allowance, Grid, Race, Rationed, Vetted, find_search
 from kvat_core.search._entrants import survivors
 
 SCENARIO = Scenario(prompt_tokens=8, output_tokens=2)
@@ -331,7 +331,7 @@ def test_no_more_launches_than_allowed_and_there_is_a_decision_as_soon_as_there_
 ) -> None:
     world = World(spread(size))
     allowance = Allowance(launches=launches)
-    search = Rationed(make(world.load_keys, 0, allowance), world.load_keys, allowance)
+    search = Rationed(Vetted(make(world.load_keys, 0, allowance)), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert len(run.launches) <= launches
     assert search.cut_short(run) == (size == 60 or launches < 20)
@@ -346,7 +346,7 @@ def test_no_more_launches_than_allowed_and_there_is_a_decision_as_soon_as_there_
 def test_launches_that_will_not_fit_are_not_begun(header: Any, wall_s: float) -> None:
     world = World(spread(60))
     allowance = Allowance(wall_s=wall_s)
-    search = Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance)
+    search = Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert sum(end.wall_s for end in run.ended) <= wall_s
     screening_s = (LOAD_S + 4 * CELL_S) * purposes(run)["screening"]
@@ -358,7 +358,7 @@ def test_launches_that_will_not_fit_are_not_begun(header: Any, wall_s: float) ->
 def test_what_is_enough_is_not_cut_short(header: Any) -> None:
     world = World(spread(6))
     allowance = Allowance(wall_s=1e6, launches=1000)
-    search = Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance)
+    search = Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert not search.cut_short(run)
 
@@ -403,7 +403,7 @@ def test_with_a_budget_what_could_be_fastest_is_screened_first(header: Any) -> N
         footprint = Footprint(dtype="a", element_bytes=100 - rank, kv_element_bytes=1.0)
         run.candidates[rank] = entry.model_copy(update={"footprints": {SCENARIO.key: footprint}})
     allowance = Allowance(launches=10)
-    searched(world, run, Rationed(Race(world.load_keys, 0, allowance), world.load_keys, allowance))
+    searched(world, run, Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance))
     names = [entry.candidate.id for entry in run.candidates]
     screened = [cell.candidate for order in run.launches if order.purpose == "screening" for cell in order.cells]
     best = {names[-1], names[-2]}

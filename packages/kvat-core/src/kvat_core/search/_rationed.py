@@ -12,9 +12,14 @@ from kvat_core.schema import Cell, LaunchEnd, LaunchOrder, Purpose
 from kvat_core.search._base import Allowance, memory_order, peaks_of_a_plan
 from kvat_core.search._vetted import Vetted
 
+VETTING_SHARE = 0.25
+"""Of what a run may take, the most that is kept for vetting its winner: with little, a choice comes before its proof."""
+
 
 class Rationed:
-    """Asks a search for launches as long as the allowance lasts, and keeps some of it for the peaks that a plan needs.
+    """Asks a search for launches as long as the allowance lasts, and keeps some of it for what a plan needs at its end.
+
+    That is the peaks that it tells, and the vetting of its winner.
 
     Args:
         search: what is asked.
@@ -35,11 +40,14 @@ class Rationed:
         if order.purpose == "context":
             return order if self._affords(run, 1, context.trial_s(run, order)) else None
         if order.purpose in LOADS:
-            return order if self._affords(run, loads(order.purpose), self._vetting_s(run, order.purpose)) else None
+            return order if self._fits_vetting(run, order) else None
+        vetting = self._search.of_the_winner(run)
         peaks = [] if order.purpose == "memory" else [[cell] for cell in peaks_of_a_plan(run)]
-        if self._fit(run, [order.cells, *peaks]):
+        if self._fit(run, [order.cells, *peaks], vetting):
             return order
-        return memory_order(run, peaks[0]) if peaks and self._fit(run, peaks[:1]) else None
+        if peaks and self._fit(run, peaks[:1], vetting):
+            return memory_order(run, peaks[0])
+        return next((one for one in vetting if self._fits_vetting(run, one)), None)
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
@@ -51,8 +59,19 @@ class Rationed:
         """Whether the search would ask for more if it were allowed to."""
         return self._search.next(run) is not None
 
-    def _fit(self, run: Run, groups: Sequence[Sequence[Cell]]) -> bool:
-        return self._affords(run, len(groups), Costs(run, self._load_keys).seconds(groups))
+    def _fit(self, run: Run, groups: Sequence[Sequence[Cell]], vetting: Sequence[LaunchOrder]) -> bool:
+        """Whether launches of these cells leave enough for the vetting, or a share of what there is."""
+        launches, wall_s = self._allowance.launches, self._allowance.wall_s
+        kept_launches = sum(loads(one.purpose) for one in vetting)
+        kept_s = sum(self._vetting_s(run, one.purpose) for one in vetting)
+        if launches is not None:
+            kept_launches = min(kept_launches, int(VETTING_SHARE * launches))
+        if wall_s is not None:
+            kept_s = min(kept_s, VETTING_SHARE * wall_s)
+        return self._affords(run, len(groups) + kept_launches, Costs(run, self._load_keys).seconds(groups) + kept_s)
+
+    def _fits_vetting(self, run: Run, order: LaunchOrder) -> bool:
+        return self._affords(run, loads(order.purpose), self._vetting_s(run, order.purpose))
 
     def _vetting_s(self, run: Run, purpose: Purpose) -> float:
         """Seconds that such a launch will take: as those before it, or else by how often it loads the model."""

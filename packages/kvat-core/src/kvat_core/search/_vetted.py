@@ -29,7 +29,7 @@ class Vetted:
         """The next launch, or None when enough is known."""
         order = self._search.next(run)
         if order is None:
-            return self._of_the_winner(run)
+            return next(iter(self.of_the_winner(run)), None)
         waiting = [cell for cell in order.cells if _has_to_wait(run, cell.candidate, order.purpose)]
         if not waiting:
             return order
@@ -45,12 +45,10 @@ class Vetted:
         if all(entry.reference is None for entry in run.candidates):
             return left
         # Until it is known, the winner is one that has to be judged.
-        return left + (2 if left else len(self._orders_of_the_winner(run)))
+        return left + (2 if left else len(self.of_the_winner(run)))
 
-    def _of_the_winner(self, run: Run) -> LaunchOrder | None:
-        return next(iter(self._orders_of_the_winner(run)), None)
-
-    def _orders_of_the_winner(self, run: Run) -> list[LaunchOrder]:
+    def of_the_winner(self, run: Run) -> list[LaunchOrder]:
+        """What would vet the winner if the run were decided now, the first to be carried out first."""
         decision = decide(run)
         if decision is None:
             return []
