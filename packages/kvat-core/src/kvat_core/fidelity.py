@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvat_core.run import Run
-from kvat_core.schema import CanaryVerdict, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
+from kvat_core.schema import CanaryVerdict, Candidate, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
 
 TEXT_STEPS = 256
 """Tokens of the text that are forced: twice what quantised caches of Transformers keep unquantised at the end, so that
@@ -44,7 +44,7 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
         return "exact"
     if seen is None:
         return None
-    if is_broken(seen, exact=candidate.exact):
+    if is_broken(seen, candidate):
         return "broken"
     worst = _losses(run, candidate_id)
     if len(worst) == 1 and _is_exact(seen):
@@ -59,27 +59,22 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
     return "close" if within else "lossy"
 
 
-def is_broken(seen: Fidelity, *, exact: bool) -> bool:
-    """Whether a candidate is wrong, rather than less precise.
-
-    Args:
-        seen: its predictions beside those of its reference.
-        exact: whether it claims to change nothing but rounding.
-    """
+def is_broken(seen: Fidelity, candidate: Candidate) -> bool:
+    """Whether a candidate is wrong, rather than less precise, by its predictions beside those of its reference."""
     parts = (seen.text, seen.greedy)
     if any(one.kl_nats > BROKEN_KL_NATS or one.top1_agreement < BROKEN_TOP1_AGREEMENT for one in parts):
         return True
-    return exact and any(one.first_clear_divergence is not None for one in parts)
+    claims_to_be_exact = candidate.exact and not candidate.lossy
+    return claims_to_be_exact and any(one.first_clear_divergence is not None for one in parts)
 
 
 def objection(run: Run, candidate_id: str) -> str | None:
     """Why a candidate must not be recommended for what it loses, or None."""
     candidate = run.entry(candidate_id).candidate
     # What the user runs already is accepted, and so is what they allow.
-    accepted = not candidate.lossy and not candidate.exact
-    if accepted or run.header.profile.limits.allow_lossy:
+    if run.header.profile.limits.allow_lossy or not (candidate.lossy or candidate.exact):
         return None
-    if candidate.exact:
+    if not candidate.lossy:
         return _beyond_the_limits(run, candidate_id) if verdict(run, candidate_id) == "lossy" else None
     if run.header.shape.weights == "random":
         return "may change the output, which random weights cannot tell; --allow-lossy accepts that"

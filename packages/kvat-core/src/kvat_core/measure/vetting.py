@@ -30,7 +30,7 @@ def judge(order: LaunchOrder, bench: Bench) -> None:
         bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=None, failure=told.failure))
         return
     bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=found))
-    if fidelity.is_broken(found, exact=bench.run.entry(cell.candidate).candidate.exact):
+    if fidelity.is_broken(found, bench.run.entry(cell.candidate).candidate):
         failure = Failure(kind="wrong_output", phase="fidelity", reason=fidelity.in_words(found))
         bench.record(Failed(launch=order.launch, cell=cell, failure=failure))
 

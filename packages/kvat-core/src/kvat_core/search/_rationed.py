@@ -13,7 +13,7 @@ from kvat_core.search._base import Allowance, memory_order, peaks_of_a_plan
 from kvat_core.search._vetted import Vetted
 
 VETTING_SHARE = 0.25
-"""Of what a run may take, the most that is kept for vetting its winner: with little, a choice comes before its proof."""
+"""Of what a run may take, the most that is kept for vetting its winner: a choice comes before its proof."""
 
 
 class Rationed:
