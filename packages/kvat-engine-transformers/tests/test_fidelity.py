@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from kvat_core import Plan, Profile, TuneRequest, likeness, tune
 from kvat_core.fidelity import MIN_TOP1_AGREEMENT
 from kvat_core.likeness import Reference
 from kvat_core.schema import Likeness, Objective, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers import TransformersAdapter, batching, builtin_path
 
 MODEL = "builtin:llama"
 PROMPT_TOKENS, STEPS, GREEDY_STEPS = 192, 256, 64
@@ -33,15 +35,19 @@ def forced(adapter: TransformersAdapter) -> tuple[Any, Any]:
     return whole[:, :PROMPT_TOKENS], whole[:, PROMPT_TOKENS:]
 
 
+def reference_of(prepared: Prepared, model_id: str) -> Reference:
+    adapter, _ = prepared(model_id, SCENE)
+    ids, text = forced(adapter)
+    predicted, _ = adapter.score(ids, STEPS, text)
+    greedy, chosen = adapter.score(ids, GREEDY_STEPS, None)
+    noise = likeness.rounding(predicted, adapter.score_at_once(ids, text))
+    return Reference(predicted, greedy, chosen, noise)
+
+
 @pytest.fixture
 def reference(prepared: Prepared) -> Reference:
     if MODEL not in _REFERENCES:
-        adapter, _ = prepared(MODEL, SCENE)
-        ids, text = forced(adapter)
-        predicted, _ = adapter.score(ids, STEPS, text)
-        greedy, chosen = adapter.score(ids, GREEDY_STEPS, None)
-        noise = likeness.rounding(predicted, adapter.score_at_once(ids, text))
-        _REFERENCES[MODEL] = Reference(predicted, greedy, chosen, noise)
+        _REFERENCES[MODEL] = reference_of(prepared, MODEL)
     return _REFERENCES[MODEL]
 
 
@@ -78,6 +84,44 @@ def test_what_claims_to_be_exact_chooses_every_token_as_its_reference(
     for part in (text, greedy):
         assert part.first_clear_divergence is None
         assert part.kl_nats < 1e-6
+
+
+def test_what_a_model_penalises_takes_no_part_in_it(prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(builtin_path("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}))
+    reference = reference_of(prepared, str(folder))
+    assert reference.rounding is not None
+    assert reference.rounding.choice_nats < 1e-4
+    for settings in ({"cache": "static"}, {"cache": "paged"}):
+        for part in beside(reference, prepared(str(folder), SCENE, **settings)[0]):
+            assert part.first_clear_divergence is None
+            assert part.kl_nats < 1e-6
+    text, _ = beside(reference, prepared(str(folder), SCENE, cache="quanto_int2")[0])
+    assert text.first_clear_divergence is not None
+    assert text.kl_nats > 0.01
+
+
+def test_a_paged_cache_is_scored_step_by_step_whatever_it_is_timed_with(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = batching.arguments
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        made = real(*arguments)
+        seen.append(made["continuous_batching_config"])
+        return made
+
+    monkeypatch.setattr(batching, "arguments", noted)
+    adapter, _ = prepared(MODEL, Scenario(prompt_tokens=24, output_tokens=4), cache="paged")
+    prompt = adapter.make_prompt(TEXT, [24], 7)
+    adapter.score(adapter.token_ids(prompt), 4, None)
+    adapter.generate(prompt, 4)
+    scored, timed = seen
+    # On a card both would be decided by the attention, and nothing could be forced in a captured graph.
+    assert (any(scored.cuda_graph_booleans), scored.use_async_batching) == (False, False)
+    assert scored.page_size == timed.page_size
 
 
 def test_what_a_quantised_cache_loses_is_told_apart_by_its_bits(prepared: Prepared, reference: Reference) -> None:

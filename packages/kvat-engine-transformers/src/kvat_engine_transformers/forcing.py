@@ -18,6 +18,10 @@ from kvat_engine_transformers import batching
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float32]
 
+_BATCHING = "continuous_batching_config"
+_IN_STEP = {"use_cuda_graph": False, "use_async_batching": False}
+"""What lets each step's logits be read: a captured graph calls nothing, and a step ahead knows no forced token."""
+
 
 class _Forcer(LogitsProcessor):
     """Notes the log-probabilities of each step, and leaves no choice but the forced token."""
@@ -40,6 +44,9 @@ def score(
 ) -> tuple[Logprobs, Ids]:
     """Generate as a recipe says, with forced tokens; see `EngineAdapter.score`.
 
+    What the model itself predicts is compared: processors of its generation_config, such as a penalty for repetition,
+    are left out. So are the CUDA graphs and the step ahead of `generate_batch`, in which nothing could be forced.
+
     Args:
         model: the live model, in the recipe's contexts.
         ids: of the prompts, requests × tokens.
@@ -58,12 +65,8 @@ def score(
     forcer = _Forcer(None if forced is None else torch.from_numpy(np.ascontiguousarray(forced)))
     inputs = torch.from_numpy(np.ascontiguousarray(ids)).to(model.device)
     generate: Any = model.generate
-    output = generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        **arguments,
-        logits_processor=LogitsProcessorList([forcer]),
-    )
+    with _processing(model, forcer):
+        output = generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **arguments)
     tokens = output[:, ids.shape[1] :].cpu().numpy()
     _require_forced(tokens, forced)
     return torch.stack(forcer.logprobs, dim=1).numpy(), tokens
@@ -85,8 +88,9 @@ def _score_request(
     model: PreTrainedModel, ids: Ids, arguments: Mapping[str, Any], forced: Ids | None
 ) -> tuple[Logprobs, Ids]:
     forcer = _Forcer(None if forced is None else torch.from_numpy(np.ascontiguousarray(forced[None])))
+    in_step = {**arguments, _BATCHING: {**arguments[_BATCHING], **_IN_STEP}}
     with _processing(model, forcer):
-        (answer,) = batching.generate(model, [ids.tolist()], arguments)
+        (answer,) = batching.generate(model, [ids.tolist()], in_step)
     tokens = np.array(answer.output_ids, dtype=np.int64)
     _require_forced(tokens[None], None if forced is None else forced[None])
     return torch.cat(forcer.logprobs).numpy(), tokens
@@ -94,7 +98,7 @@ def _score_request(
 
 @contextmanager
 def _processing(model: PreTrainedModel, processor: LogitsProcessor) -> Iterator[None]:
-    """Let `generate_batch`, which takes no logits processor, find one among the model's own."""
+    """Let `generate` and `generate_batch` find this processor instead of the model's own."""
     own = vars(model)
     own["_get_logits_processor"] = lambda *arguments, **options: LogitsProcessorList([processor])
     try:
