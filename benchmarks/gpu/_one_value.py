@@ -110,7 +110,7 @@ def tried(device: str, settings: Mapping[str, str]) -> dict[str, Any]:
 def likeness_to_reference(adapter: Any, settings: Mapping[str, str], device: str) -> Likeness:
     """How alike the predictions are, token by token, to those of the plainest settings in the same dtype."""
     shape = ENGINE.describe(MODEL, device, {})
-    plain = ENGINE.recipe(ENGINE.reference(settings, shape), SCENARIO, Target(model=MODEL, device=device))
+    plain = ENGINE.recipe(ENGINE.reference(settings, settings, shape), SCENARIO, Target(model=MODEL, device=device))
     reference: Any = type(adapter)()
     reference.load_model(**plain.load)
     reference.prepare_cache(plain)

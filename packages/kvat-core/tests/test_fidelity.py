@@ -17,7 +17,7 @@ from kvat_core.errors import AllFailed
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import read_journal
 from kvat_core.run import Run
-from kvat_core.schema import CandidateResult, Likeness, Limits, Objective, Rounding, Scenario
+from kvat_core.schema import CandidateResult, Failed, Likeness, Limits, Objective, Rounding, Scenario
 from kvat_core.tuner import TuneResult
 
 VOCABULARY = 8
@@ -128,7 +128,7 @@ def test_what_loses_output_may_win_only_within_the_limits(tmp_path: Path, in_pro
     assert close.fidelity.kl_nats is not None
     assert 0 < close.fidelity.kl_nats < 0.01
     assert lossy.fidelity.verdict == "lossy"
-    assert "--max-kl or --allow-lossy accepts that" in (lossy.reason or "")
+    assert "; --allow-lossy accepts that" in (lossy.reason or "")
     for limits, eligible in (
         (Limits(allow_lossy=True), {"auto", "eager"}),
         (Limits(max_kl_nats=close.fidelity.kl_nats / 2), set()),
@@ -187,7 +187,7 @@ def test_random_weights_make_nothing_lossy_eligible(
     tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = {"cache": "dynamic", "kernel": "auto", "graph": "off"}
-    monkeypatch.setattr(FakeEngine, "reference", lambda self, settings, shape: reference)
+    monkeypatch.setattr(FakeEngine, "reference", lambda self, settings, incumbent, shape: reference)
     plan = tuned(tmp_path / "out", in_process_worker, model="fake:tiny", space="full").plan
     lossy = [one for one in plan.candidates if one.fidelity.lossy and one.state == "ok"]
     assert lossy
@@ -215,3 +215,79 @@ def test_some_of_what_a_run_may_take_is_kept_for_vetting_its_winner(
     winner = result.plan.candidate(result.plan.require_winner().id)
     assert winner.fidelity.verdict == "exact"
     assert spent_launches(events(tmp_path / "out")) <= most
+
+
+def cut_after(out: Path, last: type) -> Path:
+    """The journal of a run up to the first record of a kind, as somebody who was killed leaves it."""
+    journal = out / "journal.jsonl"
+    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    kinds = [type(event) for event in read_journal(journal)]
+    journal.write_text("".join(lines[: kinds.index(last) + 1]), encoding="utf-8")
+    for other in ("best_plan.json", "report.md", "snippet.py"):
+        (out / other).unlink(missing_ok=True)
+    return out
+
+
+@pytest.mark.parametrize("model", ["fake:wrong-output", "fake:leak"])
+def test_who_is_killed_right_after_a_verdict_has_let_nobody_off(
+    tmp_path: Path, in_process_worker: type, model: str
+) -> None:
+    whole = tuned(tmp_path / "out", in_process_worker, model=model).plan
+    cut_after(tmp_path / "out", Failed)
+    resumed = tuned(tmp_path / "out", in_process_worker, model=model, resume=True).plan
+    assert resumed.winner == whole.winner
+    assert [one.failure for one in resumed.candidates] == [one.failure for one in whole.candidates]
+
+
+def test_what_predicts_no_numbers_is_wrong(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    sound = fake._InProcessAdapter._predict
+
+    def predict(self: Any, tokens: Any, prompt_tokens: int) -> Any:
+        found = sound(self, tokens, prompt_tokens)
+        return found * np.nan if self._running["cache"] == "static" else found
+
+    monkeypatch.setattr(fake._InProcessAdapter, "_predict", predict)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    failures = {one.failure.kind: one for one in plan.candidates if one.failure is not None}
+    assert set(failures) == {"wrong_output"}
+    assert failures["wrong_output"].settings["cache"] == "static"
+    assert plan.require_winner().settings["cache"] != "static"
+
+
+def test_what_ended_a_judgement_from_outside_does_so_once(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    sound, calls = fake._InProcessAdapter.score, iter(range(1000))
+
+    def score(self: Any, *arguments: Any) -> Any:
+        if next(calls) == 0:
+            raise RuntimeError("a passing trouble")
+        return sound(self, *arguments)
+
+    monkeypatch.setattr(fake._InProcessAdapter, "score", score)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    winner = plan.candidate(plan.require_winner().id)
+    assert winner.fidelity.verdict == "exact"
+    assert [one.failure is None for one in events(tmp_path / "out").judged][:2] == [False, True]
+
+
+def test_an_answer_that_depends_on_lengths_alone_is_no_leak(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> str:
+        self._longest = max(self._longest, prompt.tokens)
+        return f"{prompt.tokens} {self._longest}"
+
+    monkeypatch.setattr(fake._InProcessAdapter, "answer", answer)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    assert plan.canary == "clean"
+    (found,) = events(tmp_path / "out").looked_for_leaks
+    assert "depends on the lengths" in found.reason

@@ -32,6 +32,12 @@ from kvat_core.schema import (
 FAILING = {"model": "fake:oom", "excluded": (("kernel", "flash"), ("cache", "paged"))}
 """One of its four candidates fails, so that all kinds of records are there."""
 
+VETTED = [
+    {"model": f"fake:{model}", "excluded": (("kernel", "flash"), ("cache", "paged"))}
+    for model in ("leak", "wrong-output")
+]
+"""The same, with a winner that vetting finds to be wrong, and another one in its place."""
+
 JOURNAL, PLAN = "journal.jsonl", "best_plan.json"
 
 
@@ -51,7 +57,9 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("request_", [FAILING, {"model": "fake-server:tiny"}], ids=["fake", "fake-server"])
+@pytest.mark.parametrize(
+    "request_", [FAILING, {"model": "fake-server:tiny"}, *VETTED], ids=["fake", "fake-server", "leak", "wrong-output"]
+)
 def test_stopped_at_any_moment_and_resumed_a_run_gives_the_plan_of_an_uninterrupted_one(
     command: MakeCommand, request_: dict[str, Any]
 ) -> None:
@@ -65,9 +73,12 @@ def test_stopped_at_any_moment_and_resumed_a_run_gives_the_plan_of_an_uninterrup
         assert read_plan(stopped.out / PLAN) == resumed.plan
 
 
-def test_stopped_again_and_again_a_run_still_comes_to_the_same_plan(command: MakeCommand) -> None:
-    whole = command("whole", **FAILING).run()
-    stopped = command("stopped", **FAILING)
+@pytest.mark.parametrize("request_", [FAILING, *VETTED], ids=["oom", "leak", "wrong-output"])
+def test_stopped_again_and_again_a_run_still_comes_to_the_same_plan(
+    command: MakeCommand, request_: dict[str, Any]
+) -> None:
+    whole = command("whole", **request_).run()
+    stopped = command("stopped", **request_)
     stopped.stop(25)
     while not isinstance(stopped.events()[-1], End):
         stopped.stop(25, resume=True)

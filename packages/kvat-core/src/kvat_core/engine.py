@@ -178,10 +178,13 @@ class Engine(ABC):
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         """The one place where settings become actions: the adapter executes it, `snippet` prints it."""
 
-    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str] | None:
+    def reference(
+        self, settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape
+    ) -> Mapping[str, str] | None:
         """Settings whose output these must have: the plainest way to compute the same in the same precision.
 
-        The plainest way is its own reference. None = the adapter cannot `score`, so nothing is judged, and what may
+        The plainest way is its own reference. What changes no output is as in the incumbent, so that candidates of one
+        precision have one reference. None = the adapter cannot `score`, so nothing is judged, and what may
         lose output is not recommended.
         """
         return None

@@ -30,6 +30,7 @@ The one candidate is never the default, the best, or an alias of either, unless 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pprint
@@ -283,7 +284,9 @@ class FakeEngine(_ScriptedEngine):
             return "a graph cannot be captured with the eager kernel"
         return None
 
-    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str] | None:
+    def reference(
+        self, settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape
+    ) -> Mapping[str, str] | None:
         return None if shape.weights == "random" else {"cache": "dynamic", "kernel": "auto", "graph": "off"}
 
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
@@ -509,7 +512,7 @@ class _InProcessAdapter(_ScriptedAdapter):
         extra: Mapping[str, JsonValue],
     ) -> None:
         super().load_model(model_id, dtype, device, attn_backend, extra)
-        self._longest = 0
+        self._longest, self._latest = 0, ""
 
     def token_ids(self, prompt: _Prompt) -> NDArray[np.int64]:
         import numpy as np
@@ -536,7 +539,9 @@ class _InProcessAdapter(_ScriptedAdapter):
     def answer(self, prompt: _Prompt, max_new_tokens: int, longest_tokens: int) -> str:
         leaks = self._behaviour.best_is == "leaking" and self._is_best() and self._longest > prompt.tokens
         self._longest = max(self._longest, prompt.tokens)
-        return f"{self.score(self.token_ids(prompt), max_new_tokens, None)[1].tolist()}{'?' if leaks else ''}"
+        said = f"{self.score(self.token_ids(prompt), max_new_tokens, None)[1].tolist()}{self._latest if leaks else ''}"
+        self._latest = prompt.texts[0]
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def _predict(self, tokens: Sequence[int], prompt_tokens: int) -> NDArray[np.float32]:
         """Log-probabilities of the next token: all tokens so far have their say, the first as the last."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from kvat_core.run import Run
-from kvat_core.schema import CanaryVerdict, Candidate, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
+from kvat_core.schema import CanaryVerdict, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
 
 TEXT_STEPS = 256
 """Tokens of the text that are forced: twice what quantised caches of Transformers keep unquantised at the end, so that
@@ -14,13 +15,13 @@ GREEDY_STEPS = 64
 """Tokens of the reference's own choice; what claims to be exact has to choose all of them as well."""
 LEAST_STEPS = 16
 """Fewer than these, where a model holds no more, tell too little."""
-PROMPT_TOKENS = 2048
-"""Longest prompt that is scored, to keep it short."""
 REQUESTS = 2
 """Most requests of a batch that are scored."""
 ANSWER_TOKENS = 16
 """Output tokens of a request by which leaks are looked for."""
 
+Wrong = Literal["wrong_output", "leak"]
+"""Kinds of failure that vetting finds."""
 MAX_KL_NATS = 0.01
 MIN_TOP1_AGREEMENT = 0.99
 """How far a candidate may be from its reference if nobody says otherwise: by judgement, no source gives a figure."""
@@ -44,7 +45,7 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
         return "exact"
     if seen is None:
         return None
-    if is_broken(seen, candidate):
+    if is_broken(run, candidate_id, seen):
         return "broken"
     worst = _losses(run, candidate_id)
     if len(worst) == 1 and _is_exact(seen):
@@ -59,10 +60,12 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
     return "close" if within else "lossy"
 
 
-def is_broken(seen: Fidelity, candidate: Candidate) -> bool:
+def is_broken(run: Run, candidate_id: str, seen: Fidelity) -> bool:
     """Whether a candidate is wrong, rather than less precise, by its predictions beside those of its reference."""
-    parts = (seen.text, seen.greedy)
-    if any(one.kl_nats > BROKEN_KL_NATS or one.top1_agreement < BROKEN_TOP1_AGREEMENT for one in parts):
+    parts, candidate = (seen.text, seen.greedy), run.entry(candidate_id).candidate
+    # What random weights predict is so even that any loss changes it much.
+    trained = run.header.shape.weights != "random"
+    if trained and any(one.kl_nats > BROKEN_KL_NATS or one.top1_agreement < BROKEN_TOP1_AGREEMENT for one in parts):
         return True
     claims_to_be_exact = candidate.exact and not candidate.lossy
     return claims_to_be_exact and any(one.first_clear_divergence is not None for one in parts)
@@ -81,18 +84,19 @@ def objection(run: Run, candidate_id: str) -> str | None:
     judged = verdict(run, candidate_id)
     if judged is None:
         return "may change the output beyond rounding, which was not judged; --allow-lossy accepts that"
-    if (lacks := run.fidelity[candidate_id].lacks) is not None and not _reference_is_accepted(run, candidate_id):
+    if (lacks := run.fidelity[candidate_id].lacks) is not None and not _has_todays_precision(run, candidate_id):
         return f"may change the output, and was not held against full precision ({lacks}); --allow-lossy accepts that"
     return _beyond_the_limits(run, candidate_id) if judged == "lossy" else None
 
 
 def _beyond_the_limits(run: Run, candidate_id: str) -> str:
     losses, limits = _losses(run, candidate_id), run.header.profile.limits
+    agreement = min(loss.top1_agreement for loss in losses)
+    what_helps = "--max-kl or --allow-lossy accepts" if agreement >= MIN_TOP1_AGREEMENT else "--allow-lossy accepts"
     return (
         f"loses fidelity: KL {sum(loss.kl_nats for loss in losses):.2g} nats of at most "
-        f"{limits.max_kl_nats or MAX_KL_NATS:g}, first choices agree in "
-        f"{_share(min(loss.top1_agreement for loss in losses))} of at least {MIN_TOP1_AGREEMENT:.0%}; --max-kl or "
-        "--allow-lossy accepts that"
+        f"{limits.max_kl_nats or MAX_KL_NATS:g}, first choices agree in {_share(agreement)} of at least "
+        f"{MIN_TOP1_AGREEMENT:.0%}; {what_helps} that"
     )
 
 
@@ -117,7 +121,7 @@ def steps(run: Run) -> int:
 
 
 def scene(run: Run) -> Scenario:
-    """Shape of what is scored: prompts as long as in the longest scenario, within reason."""
+    """Shape of what is scored: prompts as long as in the longest scenario, so that windows fill and chunks are cut."""
     return Scenario(prompt_tokens=_scored_prompt_tokens(run), output_tokens=steps(run), batch_size=_requests(run))
 
 
@@ -147,11 +151,12 @@ def in_words(seen: Fidelity) -> str:
 
 def result(run: Run, candidate_id: str) -> FidelityResult:
     """What a plan tells of a candidate's fidelity."""
-    candidate, seen = run.entry(candidate_id).candidate, run.fidelity.get(candidate_id)
-    told = FidelityResult(lossy=candidate.lossy, verdict=verdict(run, candidate_id))
+    # What was proven to run the very same thing shares its figures.
+    name = run.alias_of(candidate_id) or candidate_id
+    lossy, seen = run.entry(candidate_id).candidate.lossy, run.fidelity.get(name)
+    told = FidelityResult(lossy=lossy, verdict=verdict(run, name))
     if seen is None:
-        tried = candidate_id in run.fidelity_tried
-        return told.model_copy(update={"reason": _why_not_judged(run, candidate_id) if tried else None})
+        return told.model_copy(update={"reason": _why_not_judged(run, name) if name in run.fidelity_tried else None})
     return told.model_copy(
         update={
             "kl_nats": seen.text.kl_nats,
@@ -177,6 +182,8 @@ def notes(run: Run, winner: str) -> list[str]:
     if (why := _why_not_judged(run, name)) is not None:
         told.append(f"the winner's output was not held against its reference: {why}")
     seen = run.canaries.get(name)
+    if seen is None and run.entry(name).reference is not None:
+        told.append("whether the winner keeps requests apart was not looked at: the run did not come to it")
     if seen is not None and seen.verdict == "undetermined":
         told.append(f"whether the winner keeps requests apart could not be told: {seen.reason}")
     return told
@@ -199,7 +206,7 @@ def _share(value: float) -> str:
 
 
 def _scored_prompt_tokens(run: Run) -> int:
-    longest = min(PROMPT_TOKENS, max(scenario.prompt_tokens for scenario in run.scenarios.values()))
+    longest = max(scenario.prompt_tokens for scenario in run.scenarios.values())
     holds = run.header.shape.max_context_tokens
     # Where the model holds too little for both, half of it is for what is forced.
     return longest if holds is None else min(longest, max(holds - TEXT_STEPS, holds // 2))
@@ -210,14 +217,13 @@ def _requests(run: Run) -> int:
 
 
 def _losses(run: Run, candidate_id: str) -> list[Likeness]:
-    """What stands between a candidate and what runs today: its own loss, and that of its precision if it is another."""
+    """What a candidate loses: by itself, and by its precision if that is less than what runs today has."""
     seen = run.fidelity[candidate_id]
-    if seen.full_precision is None or _reference_is_accepted(run, candidate_id):
-        return [seen.text]
-    return [seen.text, seen.full_precision]
+    as_today = not run.entry(candidate_id).candidate.lossy or _has_todays_precision(run, candidate_id)
+    return [seen.text] if as_today or seen.full_precision is None else [seen.text, seen.full_precision]
 
 
-def _reference_is_accepted(run: Run, candidate_id: str) -> bool:
+def _has_todays_precision(run: Run, candidate_id: str) -> bool:
     return run.entry(candidate_id).reference == run.entry(run.incumbent).reference
 
 

@@ -47,6 +47,11 @@ class Reference:
         return cls(text, greedy, chosen, rounding)
 
 
+def are_numbers(logprobs: Floats) -> bool:
+    """Whether each step predicts something: an impossible token is minus infinity, but nothing is undefined."""
+    return not np.isnan(logprobs).any() and bool((logprobs.max(axis=-1) > -np.inf).all())
+
+
 def rounding(stepwise: Floats, at_once: Floats) -> Rounding:
     """How far two computations of the same differ that no cache tells apart."""
     largest, divergences = 0.0, []
@@ -70,7 +75,7 @@ def compare(reference: Floats, candidate: Floats, noise: Rounding | None) -> Lik
     """
     if reference.shape != candidate.shape:
         raise ValueError(f"log-probabilities of shape {candidate.shape} beside {reference.shape}")
-    if np.isnan(candidate).any():
+    if not are_numbers(candidate):
         raise ValueError("log-probabilities that are no numbers")
     threshold = CLEAR * (0.0 if noise is None else noise.choice_nats)
     steps = reference.shape[1]

@@ -137,7 +137,7 @@ def _no_winner(run: Run) -> AllFailed | NotDecided | NothingFeasible:
         return NotDecided("nobody who may be recommended has been measured in full yet; go on with --resume")
     if measured:
         return NothingFeasible(
-            "no measured candidate may be recommended: each may change the output; --set one to accept it"
+            "no measured candidate may be recommended: each may change the output; --allow-lossy accepts that"
         )
     kinds = sorted({failed.failure.kind for failed in run.failures.values()})
     first = next((failed.failure.reason for failed in run.failures.values()), "nothing was to be tried")
@@ -363,7 +363,7 @@ def _result(run: Run, entry: CandidateEntry, decision: Decision | _Nobody) -> Ca
         reason=_reason(run, candidate.id, original, decision.winner) if failed is None else None,
         failure=failed.failure if failed else None,
         aliases=tuple(run.aliases.get(candidate.id, ())),
-        fidelity=fidelity.result(run, original or candidate.id),
+        fidelity=fidelity.result(run, candidate.id),
         rejected_share=run.rejected_share(candidate.id),
         unstable=run.rejected_share(candidate.id) > MAX_REJECTED,
         score=decision.scores.get(original or candidate.id),

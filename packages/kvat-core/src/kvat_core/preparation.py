@@ -31,6 +31,7 @@ from kvat_core import (
 )
 from kvat_core.engine import Engine, Probe, SpaceRequest
 from kvat_core.errors import Interrupted, UsageError
+from kvat_core.measure.bench import References
 from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.deadlines import Limits as CallLimits
 from kvat_core.measure.redaction import anonymous
@@ -137,8 +138,7 @@ class Preparation:
     recipes: Mapping[Cell, Recipe]
     recipe_at: Callable[[Cell], Recipe]
     """For scenarios that are none of the profile's."""
-    references: Callable[[Cell], tuple[Recipe, Recipe]]
-    """Of a candidate that has a reference: the recipe of that, and of the one in full precision."""
+    references: References
     source: PromptSource
     """With its text, unlike the profile in the header."""
     device_uuid: str | None
@@ -238,7 +238,10 @@ def _look(
         threads=request.threads or probe.threads,
         options=dict(request.engine_options),
     )
-    knobs = tuple(engine.space(shape, probe, SpaceRequest(space=request.space, threads=request.threads)))
+    knobs = tuple(
+        _without_paths(knob)
+        for knob in engine.space(shape, probe, SpaceRequest(space=request.space, threads=request.threads))
+    )
     entries, recipes = _candidates(request, engine, knobs, probe, shape, target, fitted)
     notes = (*notes, *_notes(request, probe, shape))
     header = _header(request, engine, probe, shape, target, fitted, notes, probe_s)
@@ -249,12 +252,14 @@ def _look(
     def recipe_at(cell: Cell) -> Recipe:
         return engine.recipe(settings[cell.candidate], Scenario.of_key(cell.scenario), target)
 
-    def references(cell: Cell) -> tuple[Recipe, Recipe]:
+    def references(cell: Cell) -> tuple[Recipe, Recipe | None, str | None]:
         scenario, of = Scenario.of_key(cell.scenario), {entry.candidate.id: entry.reference for entry in entries}
         own = of[cell.candidate]
         assert own is not None, "only what has a reference is judged"
         in_full = engine.in_full_precision(own, shape)
-        return engine.recipe(own, scenario, target), engine.recipe(in_full, scenario, target)
+        impossible = None if in_full == own else engine.check(in_full, shape, probe)
+        full = None if impossible else engine.recipe(in_full, scenario, target)
+        return engine.recipe(own, scenario, target), full, impossible and anonymous(impossible)
 
     return Preparation(
         asked.out, header, knobs, tuple(entries), recipes, recipe_at, references, asked.source, probe.device_uuid
@@ -520,6 +525,15 @@ def _loaded_peak_bytes(
     return None if rise is None else header.shape.parameters * footprint.element_bytes + rise
 
 
+def _without_paths(knob: Knob) -> Knob:
+    """The same with what an engine says of this machine as it may be shown."""
+    shown = (
+        value if value.unavailable is None else value.model_copy(update={"unavailable": anonymous(value.unavailable)})
+        for value in knob.values
+    )
+    return knob.model_copy(update={"values": tuple(shown)})
+
+
 def _candidates(
     request: TuneRequest,
     engine: Engine,
@@ -548,7 +562,7 @@ def _candidates(
             known_by = digest([recipe.key for recipe in mine.values()])
             first = seen.setdefault(known_by, entry.candidate.label)
             same = None if first == entry.candidate.label else f"{space.SAME_RECIPE} {first}"
-            reference = engine.reference(entry.candidate.settings, shape)
+            reference = engine.reference(entry.candidate.settings, entries[0].candidate.settings, shape)
             entry = entry.model_copy(update={"exclusion": same, "recipes": known_by, "reference": reference})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
         else:

@@ -19,6 +19,7 @@ from kvat_core.schema import (
     End,
     Event,
     Failed,
+    Failure,
     Fidelity,
     FirstCall,
     Header,
@@ -53,6 +54,8 @@ OF_THE_CANDIDATE = (
 """Kinds of failure for which the machine is never to blame."""
 MEMORY_TRIALS = 2
 """Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
+VETTING_TRIALS = 2
+"""Times that a candidate is judged, or looked at for leaks, where something from outside may have ended the first."""
 MAX_REJECTED = 0.2
 """Share of rejected calls above which the figures of a candidate are not to be relied on."""
 _OF_CANDIDATES = ("live", "failures", "forgiven", "timing_failures", "aliases", "_twins")
@@ -82,8 +85,7 @@ class Run:
         self.fidelity: dict[str, Fidelity] = {}
         """Of each candidate that was judged."""
         self.judged: list[Judged] = []
-        self.canaries: dict[str, Canary] = {}
-        """By candidate."""
+        self.looked_for_leaks: list[Canary] = []
         self.ended: list[LaunchEnd] = []
         self.health: list[Health] = []
         self._excused: list[Failed] = []
@@ -184,7 +186,7 @@ class Run:
                 if event.fidelity is not None:
                     self.fidelity[event.candidate] = event.fidelity
             case Canary():
-                self.canaries[event.candidate] = event
+                self.looked_for_leaks.append(event)
             case LaunchEnd():
                 self.ended.append(event)
             case Health():
@@ -290,8 +292,18 @@ class Run:
 
     @property
     def fidelity_tried(self) -> set[str]:
-        """Candidates that were judged, or could not be."""
-        return {one.candidate for one in self.judged}
+        """Candidates that were judged, or could not be: for their own fault once, for another one twice."""
+        return _tried((one.candidate, one.failure) for one in self.judged)
+
+    @property
+    def canaries_sent(self) -> set[str]:
+        """The same of those that were looked at for leaks."""
+        return _tried((one.candidate, one.failure) for one in self.looked_for_leaks)
+
+    @property
+    def canaries(self) -> Mapping[str, Canary]:
+        """By candidate, what was found last."""
+        return {one.candidate: one for one in self.looked_for_leaks}
 
     @cached_property
     def memory_launches(self) -> set[int]:
@@ -339,15 +351,19 @@ class Run:
         doubtful = [failed for failed in self.failed if failed.failure.kind not in OF_THE_CANDIDATE]
         sampled = {sample.launch for sample in self.samples}
         sampled |= {trial.launch for trial in self.context_trials if trial.failure is None}
+        sampled |= {one.launch for one in self.judged if one.failure is None}
+        sampled |= {one.launch for one in self.looked_for_leaks if one.failure is None}
         # A peak that could not be read says nothing of the times in its launch.
         unsound = {failed.launch for failed in doubtful if failed.failure.phase != "resources"}
         sound = max(sampled - unsound, default=-1)
         self._excused += [failed for failed in doubtful if failed.launch > sound]
-        self.context_trials = [
-            trial
-            for trial in self.context_trials
-            if trial.launch <= sound or trial.failure is None or trial.failure.kind in OF_THE_CANDIDATE
-        ]
+
+        def stands(launch: int, failure: Failure | None) -> bool:
+            return launch <= sound or failure is None or failure.kind in OF_THE_CANDIDATE
+
+        self.context_trials = [one for one in self.context_trials if stands(one.launch, one.failure)]
+        self.judged = [one for one in self.judged if stands(one.launch, one.failure)]
+        self.looked_for_leaks = [one for one in self.looked_for_leaks if stands(one.launch, one.failure)]
 
     def _was_loaded(self, failed: Failed) -> bool:
         """Whether the candidate had been loaded in a launch before."""
@@ -480,6 +496,18 @@ class Run:
         for cells in alike.values():
             cells.sort(key=lambda cell: order[cell.candidate])
         return {cell: cells for cells in alike.values() for cell in cells}
+
+
+def _tried(attempts: Iterable[tuple[str, Failure | None]]) -> set[str]:
+    """Candidates of which nothing more is to be learnt: what ended an attempt may have come from outside once."""
+    final: set[str] = set()
+    doubtful: Counter[str] = Counter()
+    for name, failure in attempts:
+        if failure is None or failure.kind in OF_THE_CANDIDATE:
+            final.add(name)
+        else:
+            doubtful[name] += 1
+    return final | {name for name, number in doubtful.items() if number >= VETTING_TRIALS}
 
 
 def _used(samples: Sequence[Sample]) -> list[Sample]:

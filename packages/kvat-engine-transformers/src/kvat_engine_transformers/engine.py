@@ -41,8 +41,10 @@ class TransformersEngine(Engine):
     def recipe(self, settings: Mapping[str, str], scenario: Scenario, target: Target) -> Recipe:
         return recipes.recipe(settings, scenario, target)
 
-    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
-        return knobs.reference(settings, shape)
+    def reference(
+        self, settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape
+    ) -> Mapping[str, str]:
+        return knobs.reference(settings, incumbent, shape)
 
     def in_full_precision(self, settings: Mapping[str, str], shape: ModelShape) -> Mapping[str, str]:
         return knobs.in_full_precision(settings, shape)

@@ -44,7 +44,7 @@ class TwinEngine(TransformersEngine):
         load = {**made.load, "extra": {**made.load["extra"], "pair": TWINS.index(twin) // PER_LOAD}}
         return made.model_copy(update={"load": load, "setup": {"twin": twin}})
 
-    def reference(self, settings: Mapping[str, str], shape: ModelShape) -> None:
+    def reference(self, settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape) -> None:
         return None
 
     def footprint(

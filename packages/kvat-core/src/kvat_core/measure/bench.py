@@ -14,6 +14,9 @@ from kvat_core.measure.session import OpenWorker, Session
 from kvat_core.run import Run
 from kvat_core.schema import Cell, Event, Failure, PromptSource, Recipe, Scenario
 
+References = Callable[[Cell], tuple[Recipe, Recipe | None, str | None]]
+"""Of a candidate that has a reference: the recipe of that, of the same in full precision, or why that cannot be."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -24,8 +27,7 @@ class Bench:
     """Of all cells that are timed."""
     recipe_at: Callable[[Cell], Recipe]
     """The same for scenarios that are none of the profile's."""
-    references: Callable[[Cell], tuple[Recipe, Recipe]]
-    """Of a candidate that has a reference: the recipe of that, and of the one in full precision."""
+    references: References
     source: PromptSource
     """With its text, unlike the profile in the journal."""
     scratch: Path

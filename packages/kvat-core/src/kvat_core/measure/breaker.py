@@ -59,6 +59,8 @@ class Breaker:
         failures += [one.failure for one in self._run.context_trials if one.launch == launch and one.failure]
         lengths = self._run.other_lengths.values()
         failures += [one.failure for one in lengths if one.launch == launch and one.failure]
+        failures += [one.failure for one in self._run.judged if one.launch == launch and one.failure]
+        failures += [one.failure for one in self._run.looked_for_leaks if one.launch == launch and one.failure]
         failures += [end.failure for end in self._run.ended[-1:] if end.launch == launch and end.failure]
         if any(failure.kind == "unkillable" for failure in failures):
             raise held(self._run.header.target.device)

@@ -15,7 +15,8 @@ def score(task: ScoreTask, adapter: EngineAdapter) -> Scored:
     """Force the text, then the reference's own choice, and compare; token ids and probabilities stay here.
 
     Raises:
-        EngineError: the adapter cannot force tokens, or what it predicts is no probability.
+        EngineError: the adapter cannot force tokens; or of kind wrong_output, what a candidate predicts is no
+            probability.
     """
     spec = task.prompt
     lengths = [tokens + task.text_steps for tokens in spec.tokens]
@@ -33,7 +34,9 @@ def score(task: ScoreTask, adapter: EngineAdapter) -> Scored:
         )
     at_once = adapter.score_at_once(prompt, text)
     greedy, tokens = adapter.score(prompt, task.greedy_steps, None)
-    noise = None if at_once is None else likeness.rounding(predicted, at_once)
+    if not (likeness.are_numbers(predicted) and likeness.are_numbers(greedy)):
+        raise EngineError("invalid_output", "the reference predicts nothing that is a number")
+    noise = None if at_once is None or not likeness.are_numbers(at_once) else likeness.rounding(predicted, at_once)
     Reference(predicted, greedy, tokens, noise).save(Path(task.keep))
     return Scored(text=None if against is None else _compared(against.text, predicted, against), rounding=noise)
 
@@ -42,4 +45,4 @@ def _compared(reference: Floats, candidate: Floats, of: Reference) -> Likeness:
     try:
         return likeness.compare(reference, candidate, of.rounding)
     except ValueError as error:
-        raise EngineError("invalid_output", str(error)) from error
+        raise EngineError("wrong_output", str(error)) from error

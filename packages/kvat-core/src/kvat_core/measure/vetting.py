@@ -6,58 +6,70 @@ never raised, and costs the candidate nothing but the knowledge, unless it is wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kvat_core import fidelity
 from kvat_core.measure.bench import Bench
 from kvat_core.measure.messages import Answered, Scored, ScoreTask
-from kvat_core.measure.session import make_folder, validated
+from kvat_core.measure.session import Session, make_folder, validated
 from kvat_core.measure.supervisor import WorkerFailed
-from kvat_core.schema import Canary, Cell, Failed, Failure, Fidelity, Judged, LaunchOrder, Recipe, Scenario
+from kvat_core.run import OF_THE_CANDIDATE
+from kvat_core.schema import (
+    Canary,
+    CanaryVerdict,
+    Cell,
+    Failed,
+    Failure,
+    Fidelity,
+    Judged,
+    LaunchOrder,
+    Recipe,
+    Scenario,
+)
 
-_FORCED, _ANSWERED = -1000, -2000
-"""Indices of the prompts of these calls, apart from those that are timed; each further one has one less."""
+_Found = TypeVar("_Found")
+
+_FORCED, _ANSWERED, _BEFORE, _INSTEAD = -1000, -2000, -3000, -4000
+"""Indices of the prompts of these calls, apart from those that are timed: of what is forced, of the request that is to
+be answered alike, and of those before it, which have one content, and then another."""
 
 
 def judge(order: LaunchOrder, bench: Bench) -> None:
     """Hold a candidate's predictions against those of its reference."""
     cell = order.cells[0]
     bench.announce(f"judging the fidelity of {bench.label(cell)}")
+    found, failure = None, None
     try:
         found = _fidelity(cell, bench)
+        wrong = fidelity.in_words(found) if fidelity.is_broken(bench.run, cell.candidate, found) else None
     except _CannotBeTold as told:
-        bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=None, failure=told.failure))
-        return
-    bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=found))
-    if fidelity.is_broken(found, bench.run.entry(cell.candidate).candidate):
-        failure = Failure(kind="wrong_output", phase="fidelity", reason=fidelity.in_words(found))
-        bench.record(Failed(launch=order.launch, cell=cell, failure=failure))
+        failure = told.failure
+        wrong = failure.reason if failure.kind == "wrong_output" else None
+    if wrong is not None:
+        _fail(order, "wrong_output", "fidelity", wrong, bench)
+    bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=found, failure=failure))
 
 
 def look_for_leaks(order: LaunchOrder, bench: Bench) -> None:
     """Answer a request in a fresh process, and in another one after a longer and after a shorter one."""
     cell = order.cells[0]
     bench.announce(f"looking for what requests leave behind in {bench.label(cell)}")
-    usual, longer, shorter = fidelity.canary_lengths(bench.run)
     try:
-        (alone,) = _answers(cell, bench, [usual])
-        _, after_longer, _, after_shorter = _answers(cell, bench, [longer, usual, shorter, usual])
-        again = alone if after_longer == after_shorter == alone else _answers(cell, bench, [usual])[0]
+        verdict, reason, failure = *_verdict(cell, bench), None
     except _CannotBeTold as told:
-        reason = f"{told.failure.kind}, {told.failure.reason}"
-        bench.record(Canary(launch=order.launch, candidate=cell.candidate, verdict="undetermined", reason=reason))
-        return
-    if again != alone:
-        reason = "two fresh processes answer the same request differently"
-        bench.record(Canary(launch=order.launch, candidate=cell.candidate, verdict="undetermined", reason=reason))
-        return
-    leaks = [what for what, answer in (("longer", after_longer), ("shorter", after_shorter)) if answer != alone]
-    bench.record(Canary(launch=order.launch, candidate=cell.candidate, verdict="leak" if leaks else "clean"))
-    if leaks:
-        reason = f"a request is answered differently after a {' and after a '.join(leaks)} one"
-        failure = Failure(kind="leak", phase="canary", reason=reason)
-        bench.record(Failed(launch=order.launch, cell=cell, failure=failure))
+        failure = told.failure
+        verdict, reason = "undetermined", f"{failure.kind}, {failure.reason}"
+    if verdict == "leak":
+        _fail(order, "leak", "canary", reason, bench)
+    bench.record(Canary(launch=order.launch, candidate=cell.candidate, verdict=verdict, reason=reason, failure=failure))
+
+
+def _fail(order: LaunchOrder, kind: fidelity.Wrong, phase: str, reason: str, bench: Bench) -> None:
+    """On record before what it follows from: whoever is killed between the two has not let the candidate off."""
+    failure = Failure(kind=kind, phase=phase, reason=reason)
+    bench.record(Failed(launch=order.launch, cell=order.cells[0], failure=failure))
 
 
 class _CannotBeTold(Exception):
@@ -66,17 +78,72 @@ class _CannotBeTold(Exception):
         self.failure = failure
 
 
+def _verdict(cell: Cell, bench: Bench) -> tuple[CanaryVerdict, str]:
+    """What came of the requests, and why.
+
+    An answer that depends on the lengths before it alone is no leak: code that was compiled for several lengths rounds
+    otherwise than code for one. One that depends on what those requests said is.
+    """
+    usual, longer, shorter = fidelity.canary_lengths(bench.run)
+    alone = _answers(cell, bench, [usual], _BEFORE)
+    after = _answers(cell, bench, [longer, usual, shorter, usual], _BEFORE)
+    if set(after) == set(alone):
+        return "clean", ""
+    instead = _answers(cell, bench, [longer, usual, shorter, usual], _INSTEAD)
+    if instead == after:
+        return "clean", "an answer depends on the lengths of the requests before it, not on what they said"
+    if _answers(cell, bench, [usual], _BEFORE) != alone:
+        return "undetermined", "two fresh processes answer the same request differently"
+    changed = [what for what, one in zip(("longer", "shorter"), after, strict=True) if one != alone[0]]
+    return "leak", f"a request is answered differently after a {' and after a '.join(changed)} one"
+
+
+def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> list[str]:
+    """Digests of what one process answers to the request of usual length, each time that it comes.
+
+    Args:
+        cell: candidate, and the longest of the requests.
+        bench: of the run.
+        lengths: of all requests, in order.
+        others: index of those of another length.
+
+    Raises:
+        _CannotBeTold: the process fails.
+    """
+    recipe, longest = bench.recipe_at(cell), Scenario.of_key(cell.scenario)
+    usual = fidelity.canary_lengths(bench.run)[0]
+
+    def ask(session: Session) -> list[str]:
+        found = []
+        for tokens in lengths:
+            scene = longest.model_copy(update={"prompt_tokens": tokens})
+            index = _ANSWERED if tokens == usual else others
+            arguments = {
+                "prompt": bench.prompt(scene, round_number=0, index=index).model_dump(mode="json"),
+                "max_new_tokens": longest.output_tokens,
+                "longest_tokens": longest.total_tokens,
+            }
+            limits = session.compile_limits if recipe.compiles else session.whole_limits
+            _, value = session.ask("answer", arguments, "canary", limits)
+            if tokens == usual:
+                found.append(validated(Answered, value, "canary").digest)
+        return found
+
+    return _in_a_fresh_process(recipe, bench, ask)
+
+
 def _fidelity(cell: Cell, bench: Bench) -> Fidelity:
-    own, in_full = bench.references(cell)
-    full_precision, lacks = None, None
-    if own == in_full:
-        _keep(own, None, cell, bench)
-    else:
+    own, in_full, lacks = bench.references(cell)
+    full_precision = None
+    if in_full is not None and in_full != own:
         try:
             _keep(in_full, None, cell, bench)
         except _CannotBeTold as told:
-            lacks = f"{told.failure.kind}, {told.failure.reason}"
-        full_precision = _keep(own, None if lacks else in_full, cell, bench).text
+            in_full, lacks = None, f"{told.failure.kind}, {told.failure.reason}"
+    if in_full == own:
+        _keep(own, None, cell, bench)
+    else:
+        full_precision = _keep(own, in_full, cell, bench).text
     scored = _score(bench.recipe_at(cell), cell, bench, against=own)
     if scored.text is None or scored.greedy is None:
         raise _CannotBeTold(Failure(kind="no_output", phase="fidelity", reason="the worker compared nothing"))
@@ -94,13 +161,15 @@ def _keep(reference: Recipe, against: Recipe | None, cell: Cell, bench: Bench) -
     """What a reference predicts, scored once per process of the run; it stays in the temporary directory.
 
     Raises:
-        _CannotBeTold: it cannot be scored, now or before.
+        _CannotBeTold: it cannot be scored; where only the reference can be to blame, it is not tried again.
     """
     known = bench.references_scored.get(reference.key)
     if known is None:
         try:
             known = _score(reference, cell, bench, against=against, keep=True)
         except _CannotBeTold as told:
+            if told.failure.kind not in OF_THE_CANDIDATE:
+                raise
             known = told.failure
         bench.references_scored[reference.key] = known
     if isinstance(known, Failure):
@@ -109,58 +178,35 @@ def _keep(reference: Recipe, against: Recipe | None, cell: Cell, bench: Bench) -
 
 
 def _score(recipe: Recipe, cell: Cell, bench: Bench, *, against: Recipe | None, keep: bool = False) -> Scored:
-    scene = Scenario.of_key(cell.scenario)
-    own_folder = make_folder(_folder(recipe, bench)) if keep else None
     task = ScoreTask(
-        prompt=bench.prompt(scene, round_number=0, index=_FORCED),
+        prompt=bench.prompt(Scenario.of_key(cell.scenario), round_number=0, index=_FORCED),
         text_steps=fidelity.steps(bench.run),
         greedy_steps=min(fidelity.GREEDY_STEPS, fidelity.steps(bench.run)),
         against=None if against is None else str(_folder(against, bench)),
-        keep=None if own_folder is None else str(own_folder),
+        keep=str(make_folder(_folder(recipe, bench))) if keep else None,
     )
+
+    def ask(session: Session) -> Scored:
+        limits = session.compile_limits if recipe.compiles else session.whole_limits
+        _, value = session.ask("score", task.model_dump(mode="json"), "fidelity", limits)
+        return validated(Scored, value, "fidelity")
+
+    return _in_a_fresh_process(recipe, bench, ask)
+
+
+def _in_a_fresh_process(recipe: Recipe, bench: Bench, ask: Callable[[Session], _Found]) -> _Found:
     session = bench.session(recipe)
     try:
         with session:
             session.start()
             session.load()
             session.prepare(recipe)
-            limits = session.compile_limits if recipe.compiles else session.whole_limits
-            _, value = session.ask("score", task.model_dump(mode="json"), "fidelity", limits)
-            return validated(Scored, value, "fidelity")
+            found = ask(session)
+            session.cleanup()
+            return found
     except WorkerFailed as failed:
         raise _CannotBeTold(session.scrubbed(failed.failure)) from failed
 
 
 def _folder(reference: Recipe, bench: Bench) -> Path:
     return bench.scratch / "references" / reference.key
-
-
-def _answers(cell: Cell, bench: Bench, lengths: Sequence[int]) -> list[str]:
-    """Digests of what one process answers to requests of these lengths, one after the other.
-
-    Raises:
-        _CannotBeTold: the process fails.
-    """
-    recipe = bench.recipe_at(cell)
-    longest = Scenario.of_key(cell.scenario)
-    session = bench.session(recipe)
-    found: list[str] = []
-    try:
-        with session:
-            session.start()
-            session.load()
-            session.prepare(recipe)
-            for tokens in lengths:
-                # Of equal length are only the requests that are to be answered alike.
-                scene = longest.model_copy(update={"prompt_tokens": tokens})
-                arguments = {
-                    "prompt": bench.prompt(scene, round_number=0, index=_ANSWERED).model_dump(mode="json"),
-                    "max_new_tokens": longest.output_tokens,
-                    "longest_tokens": longest.total_tokens,
-                }
-                limits = session.compile_limits if recipe.compiles else session.whole_limits
-                _, value = session.ask("answer", arguments, "canary", limits)
-                found.append(validated(Answered, value, "canary").digest)
-    except WorkerFailed as failed:
-        raise _CannotBeTold(session.scrubbed(failed.failure)) from failed
-    return found

@@ -22,7 +22,7 @@ from pydantic import BaseModel, JsonValue
 from kvat_core import discovery
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Prompt
 from kvat_core.errors import KvatError
-from kvat_core.measure import messages, scorer
+from kvat_core.measure import messages
 from kvat_core.measure.messages import Answered, Beat, PromptSpec, Reply, Request, ScoreTask, Started
 from kvat_core.schema import ModelRef, Recipe
 
@@ -76,6 +76,8 @@ class Worker:
             case "prefill":
                 return self.adapter.run_prefill(self._prompt(arguments["prompt"]), arguments["max_new_tokens"])
             case "score":
+                from kvat_core.measure import scorer  # numpy, which most workers do without
+
                 return scorer.score(ScoreTask.model_validate(arguments), self.adapter)
             case "answer":
                 lengths = {name: arguments[name] for name in ("max_new_tokens", "longest_tokens")}

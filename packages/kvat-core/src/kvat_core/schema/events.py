@@ -212,7 +212,8 @@ class Canary(Record):
     launch: int
     candidate: str
     verdict: CanaryVerdict
-    reason: str = Field(default="", description="of a verdict that is undetermined")
+    reason: str = Field(default="", description="what made it so; empty where all answers were alike")
+    failure: Failure | None = Field(default=None, description="of the worker, which left it undetermined")
 
 
 class LaunchEnd(Record):

@@ -37,17 +37,13 @@ class Rationed:
         order = self._search.next(run)
         if order is None or self._allowance == Allowance():
             return order
-        if order.purpose == "context":
-            return order if self._affords(run, 1, context.trial_s(run, order)) else None
-        if order.purpose in LOADS:
-            return order if self._fits_vetting(run, order) else None
-        vetting = self._search.of_the_winner(run)
-        peaks = [] if order.purpose == "memory" else [[cell] for cell in peaks_of_a_plan(run)]
-        if self._fit(run, [order.cells, *peaks], vetting):
+        vetting = [one for one in self._search.of_the_winner(run) if one.cells != order.cells]
+        peaks = [[cell] for cell in peaks_of_a_plan(run)] if order.purpose not in ("memory", "context") else []
+        if self._fits(run, order, peaks, vetting):
             return order
         if peaks and self._fit(run, peaks[:1], vetting):
             return memory_order(run, peaks[0])
-        return next((one for one in vetting if self._fits_vetting(run, one)), None)
+        return next((one for one in vetting if self._fits(run, one, [], [])), None)
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
@@ -59,19 +55,31 @@ class Rationed:
         """Whether the search would ask for more if it were allowed to."""
         return self._search.next(run) is not None
 
-    def _fit(self, run: Run, groups: Sequence[Sequence[Cell]], vetting: Sequence[LaunchOrder]) -> bool:
-        """Whether launches of these cells leave enough for the vetting, or a share of what there is."""
-        launches, wall_s = self._allowance.launches, self._allowance.wall_s
-        kept_launches = sum(loads(one.purpose) for one in vetting)
-        kept_s = sum(self._vetting_s(run, one.purpose) for one in vetting)
-        if launches is not None:
-            kept_launches = min(kept_launches, int(VETTING_SHARE * launches))
-        if wall_s is not None:
-            kept_s = min(kept_s, VETTING_SHARE * wall_s)
-        return self._affords(run, len(groups) + kept_launches, Costs(run, self._load_keys).seconds(groups) + kept_s)
+    def _fits(
+        self, run: Run, order: LaunchOrder, peaks: Sequence[Sequence[Cell]], vetting: Sequence[LaunchOrder]
+    ) -> bool:
+        """Whether an order leaves enough for the peaks and the vetting that a plan needs."""
+        if order.purpose == "context":
+            seconds = context.trial_s(run, order)
+        elif order.purpose in LOADS:
+            seconds = self._vetting_s(run, order.purpose)
+        else:
+            return self._fit(run, [order.cells, *peaks], vetting)
+        number = loads(order.purpose) + self._kept_launches(vetting)
+        return self._affords(run, number, seconds + self._kept_s(run, vetting))
 
-    def _fits_vetting(self, run: Run, order: LaunchOrder) -> bool:
-        return self._affords(run, loads(order.purpose), self._vetting_s(run, order.purpose))
+    def _fit(self, run: Run, groups: Sequence[Sequence[Cell]], vetting: Sequence[LaunchOrder]) -> bool:
+        """Whether launches of these cells leave enough for the vetting."""
+        seconds = Costs(run, self._load_keys).seconds(groups) + self._kept_s(run, vetting)
+        return self._affords(run, len(groups) + self._kept_launches(vetting), seconds)
+
+    def _kept_launches(self, vetting: Sequence[LaunchOrder]) -> int:
+        needed, launches = sum(loads(one.purpose) for one in vetting), self._allowance.launches
+        return needed if launches is None else min(needed, int(VETTING_SHARE * launches))
+
+    def _kept_s(self, run: Run, vetting: Sequence[LaunchOrder]) -> float:
+        needed, wall_s = sum(self._vetting_s(run, one.purpose) for one in vetting), self._allowance.wall_s
+        return needed if wall_s is None else min(needed, VETTING_SHARE * wall_s)
 
     def _vetting_s(self, run: Run, purpose: Purpose) -> float:
         """Seconds that such a launch will take: as those before it, or else by how often it loads the model."""

@@ -54,7 +54,7 @@ class Vetted:
             return []
         winner = run.alias_of(decision.winner) or decision.winner
         orders = [_judgement(run, winner)] if _is_to_be_judged(run, winner) else []
-        if run.entry(winner).reference is not None and winner not in run.canaries:
+        if run.entry(winner).reference is not None and winner not in run.canaries_sent:
             scene = fidelity.canary_scene(run)
             orders.append(_order(run, CANARY, "canary", Cell(candidate=winner, scenario=scene.key)))
         return orders
