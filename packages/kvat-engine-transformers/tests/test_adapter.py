@@ -133,6 +133,41 @@ def test_a_models_own_habits_do_not_change_what_is_measured(
     assert torch.equal(once, again)
 
 
+APPLIED = {
+    "cache_implementation": "quantized",
+    "cache_config": {"backend": "hqq", "nbits": 4},
+    "prefill_chunk_size": 16,
+    "max_cache_len": 99,
+    "disable_compile": True,
+}
+"""All that an applied plan may have left in a model's generation_config.json, and more."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cache": "static"},
+        {"prefill_chunk": "128"},
+        {"cache": "paged"},
+        pytest.param(
+            {"cache": "static", "compile": "default"},
+            # Of torch's own, when its compiler is imported.
+            marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")],
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_to_which_a_plan_has_been_applied_is_measured_as_before(
+    prepared: Prepared, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(builtin_path("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(APPLIED))
+    adapter, _ = prepared(str(folder), **settings)
+    assert adapter.applied(prompt(adapter)).mismatches == ()
+
+
 def test_a_batch_is_measured_as_one(prepared: Prepared) -> None:
     scenario = Scenario(prompt_tokens=48, output_tokens=6, batch_size=3)
     adapter, _ = prepared("builtin:llama", scenario, cache="static")

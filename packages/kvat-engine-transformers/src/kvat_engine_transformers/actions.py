@@ -60,7 +60,8 @@ def prefill_calls(recipe: Recipe, prompt_tokens: int) -> int | None:
     """Forward calls that the prompt is to be cut into; None where `generate_batch` decides."""
     if recipe.call == "generate_batch":
         return None
-    return -(-prompt_tokens // cast("int", recipe.arguments.get("prefill_chunk_size", prompt_tokens)))
+    chunk = cast("int | None", recipe.arguments["prefill_chunk_size"])
+    return -(-prompt_tokens // (chunk or prompt_tokens))
 
 
 def slots(recipe: Recipe) -> int | None:
@@ -93,9 +94,12 @@ def forced_kernel(recipe: Recipe) -> str | None:
 
 
 def compile_mode(recipe: Recipe) -> str:
-    """Mode of `torch.compile`, or ``off``."""
+    """Mode of `torch.compile`, or ``off``; where the recipe names none, `generate` takes the one that it has."""
     config = recipe.arguments.get("compile_config")
-    return str(config["mode"]) if isinstance(config, dict) else "off"
+    if isinstance(config, Mapping):
+        return str(config["mode"])
+    by_itself = recipe.arguments.get("disable_compile") is False
+    return CompileConfig().mode if by_itself else "off"
 
 
 def _context(call: ContextCall) -> Any:

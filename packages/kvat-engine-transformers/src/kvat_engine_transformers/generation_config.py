@@ -51,7 +51,7 @@ def config_file(plan: Plan, folder: Path) -> ConfigFile:
     plain = recipe(_plain_settings(folder, settings), shape, Target(model=model, device=plan.machine.device))
     return ConfigFile(
         name=FILE,
-        values={name: wanted.arguments[name] for name in CARRIED if name in wanted.arguments},
+        values={name: value for name in CARRIED if (value := wanted.arguments.get(name)) is not None},
         replaces=_REPLACES,
         lost=tuple(_lost(wanted, plain)),
         left=tuple(_left(wanted)),

@@ -77,6 +77,7 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
                 _wrong_weights(seen, recipe),
                 _wrong_kernel(seen, recipe),
                 _wrong_graphs(seen, recipe),
+                _wrong_places(seen),
                 _wrong_slots(seen.layers, recipe),
                 _wrong_chunks(seen, recipe),
             ),
@@ -128,6 +129,13 @@ def _wrong_graphs(seen: Seen, recipe: Recipe) -> str | None:
     if recipe.compiles == (seen.graphs > 0):
         return None
     return f"compile: {seen.compile} with {seen.graphs} graphs compiled"
+
+
+def _wrong_places(seen: Seen) -> str | None:
+    """The cache says that it offloads; a layer that has gone where it waits is what shows it."""
+    if not seen.offloads or "cpu" in (layer.device for layer in _with_keys(seen.layers)):
+        return None
+    return "offloading: no layer waits in the memory of the host"
 
 
 def _wrong_chunks(seen: Seen, recipe: Recipe) -> str | None:

@@ -91,22 +91,24 @@ def _cache_arguments(settings: Mapping[str, str], scenario: Scenario, device: st
         arguments |= {"max_cache_len": scenario.total_tokens, **_compile_arguments(settings, device)}
     # A chunk that holds the whole prompt changes nothing, unless the chunk is compiled, which a whole prompt is not.
     chunk = settings["prefill_chunk"]
-    if chunk != NO_CHUNKS and (int(chunk) < scenario.prompt_tokens or settings["compile"] != "off"):
-        arguments["prefill_chunk_size"] = int(chunk)
-    return arguments
+    cuts = chunk != NO_CHUNKS and (int(chunk) < scenario.prompt_tokens or settings["compile"] != "off")
+    # Said in any case, because a model's own generation_config may have chunks.
+    return {**arguments, "prefill_chunk_size": int(chunk) if cuts else None}
 
 
 def _compile_arguments(settings: Mapping[str, str], device: str) -> dict[str, JsonValue]:
     if settings["compile"] == "off":
         # generate compiles a static cache on accelerators unless it is told not to.
         return {"disable_compile": True}
+    # A model's own generation_config may disable it.
+    arguments: dict[str, JsonValue] = {"disable_compile": False}
     if settings["compile"] == "auto":
-        return {}
+        return arguments
     compile_config: dict[str, JsonValue] = {"mode": settings["compile"]}
     if device == "cpu":
         # The only door to compilation on the CPU; without it generate leaves the setting out, with a warning.
         compile_config["_compile_all_devices"] = True
-    return {"compile_config": compile_config}
+    return {**arguments, "compile_config": compile_config}
 
 
 def _batching(settings: Mapping[str, str], scenario: Scenario) -> dict[str, JsonValue]:

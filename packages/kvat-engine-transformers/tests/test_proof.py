@@ -1,0 +1,79 @@
+"""What the proof says of calls that were made up: of devices that are not here, and of faults that nobody planted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kvat_core.schema import ModelRef, Recipe, Scenario, Target
+from kvat_engine_transformers import actions, proof
+from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.live import Layer
+from kvat_engine_transformers.observation import Seen
+from kvat_engine_transformers.recipes import recipe
+
+SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
+DEVICE = "cuda:0"
+
+
+def on_cuda(**settings: str) -> Recipe:
+    target = Target(model=ModelRef(id="builtin:llama"), device=DEVICE)
+    return recipe({**PLAIN, "dtype": "bfloat16", "threads": "1", **settings}, SCENARIO, target)
+
+
+def seen(made: Recipe, **changes: Any) -> Seen:
+    """A call on a card that did what the recipe says."""
+    kind = actions.cache_kind(made)
+    layer = Layer("StaticLayer" if kind.static else "DynamicLayer", False, 54, "bfloat16", DEVICE)
+    found = Seen(
+        cache=kind.holds,
+        layers=(layer, replace(layer, device="cpu") if kind.offloads else layer),
+        pool=None,
+        offloads=kind.offloads,
+        prompt_tokens=SCENARIO.prompt_tokens,
+        prefill_calls=1,
+        attention=actions.attention(made),
+        kernels=("FLASH_ATTENTION",),
+        grad_mode="no_grad",
+        dtypes=("bfloat16",),
+        packed_by=None,
+        devices=(DEVICE,),
+        spread=None,
+        strays=(),
+        threads=1,
+        compile="off",
+        graphs=1 if made.compiles else 0,
+    )
+    return replace(found, **changes)
+
+
+def mismatches(made: Recipe, **changes: Any) -> tuple[str, ...]:
+    return proof.compare(seen(made, **changes), made).mismatches
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        # What `get_compiled_call` leaves on a model that was asked for no mode is a config of the default one.
+        ({"compile": "auto"}, "reduce-overhead"),
+        ({"compile": "default"}, "default"),
+        ({"compile": "off"}, "off"),
+        ({"cache": "dynamic", "attention": "flex_attention"}, "off"),
+    ],
+)
+def test_the_mode_that_generate_compiles_by_is_the_recipes(settings: dict[str, str], left: str) -> None:
+    made = on_cuda(**{"cache": "static", **settings})
+    kernels = () if "attention" in settings else ("FLASH_ATTENTION",)
+    assert mismatches(made, compile=left, kernels=kernels) == ()
+    other = "max-autotune"
+    assert mismatches(made, compile=other, kernels=kernels) == (f"compile: the recipe says {left}, it is {other}",)
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_a_cache_of_which_no_layer_has_left_the_device_was_not_offloaded(cache: str) -> None:
+    made = on_cuda(cache=cache)
+    assert mismatches(made) == ()
+    resident = tuple(replace(layer, device=DEVICE) for layer in seen(made).layers if isinstance(layer, Layer))
+    assert mismatches(made, layers=resident) == ("offloading: no layer waits in the memory of the host",)
