@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvat_core import context
 from kvat_core.decision import decide
 from kvat_core.errors import UsageError
 from kvat_core.field import Field
@@ -35,6 +36,7 @@ from kvat_core.schema import (
     Objective,
     Profile,
     Proof,
+    Purpose,
     RequestTiming,
     Resources,
     Sample,
@@ -353,6 +355,35 @@ def test_launches_that_will_not_fit_are_not_begun(header: Any, wall_s: float) ->
     assert screening_s <= wall_s / 2 + LOAD_S + 4 * CELL_S
     if wall_s >= 300:
         assert decide(run) is not None
+
+
+class OneOrder(Vetted):
+    """Asks for one launch, and would have its winner looked at for leaks."""
+
+    def __init__(self, purpose: Purpose) -> None:
+        self._purpose: Purpose = purpose
+
+    def next(self, run: Run) -> LaunchOrder:
+        return self._order(run, self._purpose)
+
+    def of_the_winner(self, run: Run) -> list[LaunchOrder]:
+        return [self._order(run, "canary")]
+
+    def _order(self, run: Run, purpose: Purpose) -> LaunchOrder:
+        cells = (Cell(candidate=purpose, scenario=SCENARIO.key),)
+        return LaunchOrder(launch=len(run.launches), round=0, purpose=purpose, cells=cells)
+
+
+@pytest.mark.parametrize("purpose", ["context", "fidelity"])
+@pytest.mark.parametrize(("wall_s", "comes"), [(1000.0, "order"), (125.0, "canary"), (10.0, None)])
+def test_what_does_not_fit_leaves_what_was_kept_to_the_winner(
+    header: Any, monkeypatch: pytest.MonkeyPatch, purpose: Purpose, wall_s: float, comes: str | None
+) -> None:
+    monkeypatch.setattr(context, "trial_s", lambda *_: 100.0)
+    monkeypatch.setattr(Rationed, "_vetting_s", lambda _, run, one: 100.0 if one == "fidelity" else 30.0)
+    run = World(spread(4)).start(header)
+    order = Rationed(OneOrder(purpose), {}, Allowance(wall_s=wall_s)).next(run)
+    assert (order and order.purpose) == (purpose if comes == "order" else comes)
 
 
 def test_what_is_enough_is_not_cut_short(header: Any) -> None:
