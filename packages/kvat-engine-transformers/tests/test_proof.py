@@ -9,10 +9,11 @@ import pytest
 
 from kvat_core.schema import ModelRef, Recipe, Scenario, Target
 from kvat_engine_transformers import actions, proof
+from kvat_engine_transformers.batching import Pool
 from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.live import Layer
 from kvat_engine_transformers.observation import Seen
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.recipes import PAGE_TOKENS, recipe
 
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 DEVICE = "cuda:0"
@@ -77,3 +78,14 @@ def test_a_cache_of_which_no_layer_has_left_the_device_was_not_offloaded(cache: 
     assert mismatches(made) == ()
     resident = tuple(replace(layer, device=DEVICE) for layer in seen(made).layers if isinstance(layer, Layer))
     assert mismatches(made, layers=resident) == ("offloading: no layer waits in the memory of the host",)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "spare", "wrong"),
+    [(1, 0, False), (2, 0, True), (1, 2, True), (3, 2, False), (5, 2, False), (6, 2, True)],
+)
+def test_a_pool_has_what_the_recipe_says_up_to_whole_sectors(blocks: int, spare: int, wrong: bool) -> None:
+    made = on_cuda(cache="paged")
+    pool = Pool("PagedAttentionCache", PAGE_TOKENS, blocks, spare, False, 0, "bfloat16", DEVICE, "sdpa")
+    told = f"pages: the recipe says 1 blocks and {spare} to spare, there are {blocks}"
+    assert mismatches(made, pool=pool, layers=()) == ((told,) if wrong else ())

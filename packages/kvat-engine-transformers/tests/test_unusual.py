@@ -14,7 +14,8 @@ from kvat_core import Profile, TuneRequest, metrics, tune
 from kvat_core.engine import EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Objective, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, handover
+from kvat_engine_transformers.recipes import STEP_TOKENS
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="unused, there is no tokenizer")
@@ -94,3 +95,21 @@ def test_a_model_without_attention_has_nothing_to_tune(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has no attention"):
         TransformersEngine().describe(ModelRef(id=str(tmp_path)), "cpu", {})
+
+
+@pytest.mark.parametrize(("full", "sliding"), [(4, 22), (5, 29), (1, 5)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_pool_of_pages_serves_layers_of_two_kinds_in_any_numbers(
+    prepared: Prepared, tmp_path: Path, full: int, sliding: int, batch_size: int
+) -> None:
+    """The patterns of Gemma 3, whose pool Transformers deals out in sectors for layers of one kind."""
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * full + ["sliding_attention"] * sliding
+    layers = {"num_hidden_layers": full + sliding, "layer_types": kinds[: full + sliding], "sliding_window": 32}
+    scenario = SCENARIO.model_copy(update={"batch_size": batch_size})
+    adapter, made = prepared(saved(tmp_path, "gemma3_text", **layers), scenario, cache="paged")
+    prompt = adapter.make_prompt(TEXT, scenario.prompt_lengths, 1)
+    applied = adapter.applied(prompt)
+    assert applied.mismatches == ()
+    assert metrics.invalid_reason(adapter.run_decode(prompt, 6), scenario) is None
+    handed_over = handover.imported(made, STEP_TOKENS)
+    assert handed_over.generate(adapter.model, prompt, 6).shape == (batch_size, 54)

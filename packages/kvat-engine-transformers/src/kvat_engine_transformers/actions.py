@@ -51,9 +51,18 @@ def attention(recipe: Recipe) -> str:
 
 def pages(recipe: Recipe) -> Mapping[str, Any] | None:
     """Size and sharing of the pages of a paged cache; None of another one."""
-    config = cast("Mapping[str, Any] | None", recipe.arguments.get("continuous_batching_config"))
-    names = ("page_size", "num_blocks", "allow_block_sharing")
-    return None if config is None else {name: config[name] for name in names}
+    config = _batching(recipe)
+    return None if config is None else {name: config[name] for name in ("page_size", "allow_block_sharing")}
+
+
+def blocks(recipe: Recipe) -> int | None:
+    """Blocks that the tokens of a paged cache take; None of another one."""
+    config = _batching(recipe)
+    return None if config is None else int(config["num_blocks"])
+
+
+def _batching(recipe: Recipe) -> Mapping[str, Any] | None:
+    return cast("Mapping[str, Any] | None", recipe.arguments.get("continuous_batching_config"))
 
 
 def prefill_calls(recipe: Recipe, prompt_tokens: int) -> int | None:

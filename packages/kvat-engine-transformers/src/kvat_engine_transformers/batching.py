@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_engine_transformers.failures import from_text
+from kvat_engine_transformers.sectors import spare_blocks
 
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""
@@ -26,6 +27,8 @@ class Pool:
     kind: str
     page_tokens: int
     blocks: int
+    spare_blocks: int
+    """As many as were asked for beside those that the tokens of the requests take."""
     shares_blocks: bool
     nbytes: int
     dtype: str
@@ -87,10 +90,28 @@ def watched(model: PreTrainedModel) -> Iterator[Watch]:
 
 
 def arguments(model: PreTrainedModel, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `generate_batch`: what a recipe says, on top of the model's own generation_config."""
+    """The keyword arguments of `generate_batch`: what a recipe says, on top of the model's own generation_config.
+
+    A recipe counts the blocks of its tokens; the pool has `spare_blocks` beside them, as far as the model needs any.
+    """
+    batch: Mapping[str, Any] = fields[_BATCHING]
+    blocks = batch["num_blocks"] + spare_blocks(model.config.get_text_config())
     config = copy.deepcopy(model.generation_config)
     config.update(**{name: value for name, value in fields.items() if name != _BATCHING})
-    return {"generation_config": config, _BATCHING: ContinuousBatchingConfig(**fields[_BATCHING])}
+    return {"generation_config": config, _BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
+
+
+def unserved(model: PreTrainedModel, fields: Mapping[str, Any]) -> str | None:
+    """Why `generate_batch` would not choose tokens as `generate` does with the same arguments, or None."""
+    config = arguments(model, fields)["generation_config"]
+    if (config.num_beams or 1) > 1:
+        return f"generate_batch has no beams, and num_beams is {config.num_beams}"
+    own: Any = model
+    # As generate does: without tensors of what ends a sequence, some processors would not be made.
+    own._prepare_special_tokens(config, True, device=model.device)
+    processors = own._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
+    left_out = next((type(one).__name__ for one in processors if not one.supports_continuous_batching), None)
+    return None if left_out is None else f"generate_batch has no {left_out}, which the generation_config asks for"
 
 
 def generate(model: PreTrainedModel, rows: Sequence[Sequence[int]], fields: Mapping[str, Any]) -> list[Request]:
@@ -123,6 +144,7 @@ def _pool(manager: Any) -> Pool:
         kind=type(cache).__name__,
         page_tokens=int(manager.continuous_batching_config.page_size),
         blocks=int(cache.num_blocks),
+        spare_blocks=spare_blocks(cache.config),
         shares_blocks=bool(cache.use_prefix_sharing),
         nbytes=int(cache.cache_tensor.nbytes),
         dtype=str(cache.dtype).removeprefix("torch."),

@@ -78,6 +78,7 @@ def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
                 _wrong_kernel(seen, recipe),
                 _wrong_graphs(seen, recipe),
                 _wrong_places(seen),
+                _wrong_blocks(seen, recipe),
                 _wrong_slots(seen.layers, recipe),
                 _wrong_chunks(seen, recipe),
             ),
@@ -138,6 +139,14 @@ def _wrong_places(seen: Seen) -> str | None:
     return "offloading: no layer waits in the memory of the host"
 
 
+def _wrong_blocks(seen: Seen, recipe: Recipe) -> str | None:
+    """Transformers rounds a pool up to whole sectors, which hold as much as the spare blocks at most."""
+    asked, pool = actions.blocks(recipe), seen.pool
+    if asked is None or pool is None or asked + pool.spare_blocks <= pool.blocks <= asked + 2 * pool.spare_blocks:
+        return None
+    return f"pages: the recipe says {asked} blocks and {pool.spare_blocks} to spare, there are {pool.blocks}"
+
+
 def _wrong_chunks(seen: Seen, recipe: Recipe) -> str | None:
     wanted = actions.prefill_calls(recipe, seen.prompt_tokens)
     # A model that prepares its inputs in a way of its own does not tell, and cuts nothing unless it is asked to.
@@ -162,7 +171,7 @@ def _packing(recipe: Recipe) -> str | None:
 def _pages(pool: batching.Pool | None) -> Mapping[str, Any] | None:
     if pool is None:
         return None
-    return {"page_size": pool.page_tokens, "num_blocks": pool.blocks, "allow_block_sharing": pool.shares_blocks}
+    return {"page_size": pool.page_tokens, "allow_block_sharing": pool.shares_blocks}
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
