@@ -154,6 +154,12 @@ def test_of_what_was_not_verified_only_the_cache_is_predicted(
     assert roofline.least_bytes(shape, footprint, PREFILL) is not None
 
 
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_of_an_offloaded_cache_nothing_is_predicted_as_it_is_in_another_memory(tmp_path: Path, cache: str) -> None:
+    shape = describe_model(model_of(tmp_path), "cpu", {})
+    assert ENGINE.footprint({**SETTINGS, "cache": cache}, PREFILL, shape, "cuda:0") is None
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system tells no peak of a span of time")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_process_rises_by_what_is_predicted(tmp_path: Path, cache: str) -> None:

@@ -110,7 +110,9 @@ def test_every_value_is_listed_as_available_or_with_its_reason() -> None:
     [
         ({"cache": "paged", "attention": "sdpa_math"}, "generate_batch takes no sdpa_math"),
         ({"cache": "paged", "attention": "flex_attention"}, "generate_batch takes no flex_attention"),
-        ({"cache": "static", "attention": "flex_attention"}, "cannot hand the mask of flex attention on"),
+        ({"cache": "static", "attention": "flex_attention"}, "too old"),
+        ({"cache": "offloaded_static", "attention": "flex_attention"}, "too old"),
+        ({"cache": "dynamic", "attention": "flex_attention"}, None),
         ({"cache": "quanto_int4", "group_size": "64"}, "groups of 64 do not divide the 96 keys of a token in a layer"),
         ({"cache": "quanto_int4", "group_size": "32"}, None),
         ({"cache": "fp8", "group_size": "64"}, None),
@@ -119,7 +121,8 @@ def test_every_value_is_listed_as_available_or_with_its_reason() -> None:
 def test_what_does_not_go_together_says_why(settings: dict[str, str], reason: str | None) -> None:
     plain = {"dtype": "float32", "attention": "sdpa", "compile": "off"}
     shape = LLAMA.model_copy(update={"kv_heads": 3, "head_dim": 32})
-    found = TransformersEngine().check({**plain, **settings}, shape, CPU)
+    old = Probe(device="cpu", versions={}, facts={"flex_static": "too old"})
+    found = TransformersEngine().check({**plain, **settings}, shape, old)
     assert (found is None) if reason is None else (reason in (found or ""))
 
 
@@ -131,6 +134,7 @@ def test_what_does_not_go_together_says_why(settings: dict[str, str], reason: st
         ("cuda:0", "safe", {"sdpa_flash": "too old"}, "attention=sdpa_flash", "too old"),
         ("cpu", "default", {"compile": "no compiler"}, "cache=static compile=default", "no compiler"),
         ("cpu", "default", {}, "cache=static compile=reduce-overhead", "CUDA graphs, which cpu does not have"),
+        ("cpu", "full", {}, "cache=static compile=max-autotune-no-cudagraphs", "is max-autotune on cpu"),
         ("cpu", "full", {"float16": "cannot"}, "dtype=float16", "cannot"),
     ],
 )
@@ -156,10 +160,29 @@ def test_flash_on_cuda_needs_16_bits() -> None:
     assert entry.exclusion == "sdpa_flash needs bfloat16 or float16 on cuda"
 
 
-def test_flash_on_cuda_takes_no_mask() -> None:
-    label = "attention=sdpa_flash cache=static"
-    (entry,) = (one for one in candidates("cuda:0", dtype="bfloat16") if one.candidate.label == label)
-    assert entry.exclusion == "PyTorch's flash kernel takes no mask on cuda, and each step of a static cache has one"
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ("cache=static", "each step of a static cache"),
+        ("cache=offloaded_static", "each step of a static cache"),
+        ("prefill_chunk=128", "each chunk of a prompt after its first"),
+    ],
+)
+def test_flash_on_cuda_takes_no_mask(changed: str, what: str) -> None:
+    label = f"attention=sdpa_flash {changed}"
+    (entry,) = (one for one in candidates("cuda:0", "full", dtype="bfloat16") if one.candidate.label == label)
+    assert entry.exclusion == f"PyTorch's flash kernel takes no mask on cuda, and {what} has one"
+
+
+@pytest.mark.parametrize(("attention", "excluded"), [(("sliding", "sliding"), True), (("sliding", "full"), False)])
+def test_a_static_cache_of_windows_alone_is_not_offloaded(attention: tuple[str, ...], excluded: bool) -> None:
+    shape = LLAMA.model_copy(update={"attention": attention})
+    knobs = TransformersEngine().space(shape, Probe(device="cuda:0", versions={}), SpaceRequest(space="full"))
+    cache = next(knob for knob in knobs if knob.name == "cache")
+    reasons = {value.name: value.unavailable for value in cache.values}
+    told = "Transformers offloads no sliding layer of a static cache, and this model has no others"
+    assert reasons["offloaded_static"] == (told if excluded else None)
+    assert reasons["offloaded"] is None
 
 
 @pytest.mark.parametrize(("kv_heads", "excluded"), [(2, True), (8, False)])

@@ -36,9 +36,12 @@ _FOLLOWED = {
 def footprint(settings: Mapping[str, str], scenario: Scenario, shape: ModelShape, device: str) -> Footprint | None:
     """What follows from settings; activations only where they are verified: on the CPU, uncompiled.
 
-    None where the model is spread over devices, as the shape does not tell which holds what; and where its weights are
-    packed, as it does not tell how much of them is unpacked when.
+    None where the model is spread over devices, as the shape does not tell which holds what; where its weights are
+    packed, as it does not tell how much of them is unpacked when; and where the cache is offloaded, as most of it is in
+    the memory of the host.
     """
+    if CACHES[settings["cache"]].offloads:
+        return None
     if shape.facts.get("devices", 1) != 1 or shape.quantization is not None:
         return None
     element_bytes = DTYPE_BYTES[settings["dtype"]]

@@ -73,10 +73,10 @@ def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, .
     )
 
 
-def reference(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
-    """The plainest way to compute the same in the same dtype, with as many threads."""
+def reference(settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
+    """The plainest way to compute the same in the same dtype, with as many threads as the incumbent."""
     defaults = {knob.name: knob.default for knob in space(shape, _ANYWHERE, None)}
-    return {**defaults, "dtype": settings["dtype"], "threads": settings["threads"]}
+    return {**defaults, "dtype": settings["dtype"], "threads": incumbent["threads"]}
 
 
 def in_full_precision(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
@@ -118,16 +118,20 @@ def check(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str |
     if _kind(probe) == "cuda" and settings["dtype"] == "float32" and settings["attention"] in _HALF_ONLY:
         return f"{settings['attention']} needs bfloat16 or float16 on cuda"
     on_cuda = _kernel_reason(settings, shape) if _kind(probe) == "cuda" else None
-    return on_cuda or _cache_reason(settings, shape)
+    return on_cuda or _cache_reason(settings, shape, probe)
 
 
-def _cache_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
-    """What a kind of cache does not go together with, by Transformers 5.17 to 5.24."""
+def _cache_reason(settings: Mapping[str, str], shape: ModelShape, probe: Probe) -> str | None:
+    """What a kind of cache does not go together with, by Transformers 5.17 to 5.24.
+
+    Before 5.24 `prepare_inputs_for_generation` takes the mask of a static cache for a tensor, which that of flex
+    attention is not.
+    """
     cache, attention = settings["cache"], settings["attention"]
     if cache == "paged" and attention not in _OF_BATCHES:
         return f"generate_batch takes no {attention}, only {', '.join(_OF_BATCHES)}"
-    if attention == "flex_attention" and CACHES[cache].static:
-        return "Transformers cannot hand the mask of flex attention on to a static cache"
+    if attention == "flex_attention" and CACHES[cache].static and (reason := _reason(probe, "flex_static")):
+        return reason
     numbers = None if shape.kv_heads is None or shape.head_dim is None else shape.kv_heads * shape.head_dim
     if cache in GROUPED and numbers is not None and numbers % int(settings["group_size"]):
         return f"groups of {settings['group_size']} do not divide the {numbers} keys of a token in a layer"
@@ -137,10 +141,13 @@ def _cache_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
 def _kernel_reason(settings: Mapping[str, str], shape: ModelShape) -> str | None:
     """What keeps Transformers from a fused kernel of cuda, by its `integrations.sdpa_attention`, 5.17 to 5.24.
 
-    A step of a static cache always has a mask; and where there is none, fewer KV heads are passed on as they are.
+    A step of a static cache always has a mask, and so has a chunk of the prompt after the first one; where there is no
+    mask, fewer KV heads are passed on as they are.
     """
-    if settings["attention"] == "sdpa_flash" and settings["cache"] == "static":
+    if settings["attention"] == "sdpa_flash" and CACHES[settings["cache"]].static:
         return "PyTorch's flash kernel takes no mask on cuda, and each step of a static cache has one"
+    if settings["attention"] == "sdpa_flash" and settings["prefill_chunk"] != NO_CHUNKS:
+        return "PyTorch's flash kernel takes no mask on cuda, and each chunk of a prompt after its first has one"
     grouped = (
         shape.kv_heads is not None and shape.attention_heads is not None and shape.kv_heads < shape.attention_heads
     )
@@ -275,6 +282,8 @@ def _cache_unavailable(name: str, shape: ModelShape, probe: Probe) -> str | None
     for sort in (sort for sort, applies in sorts.items() if applies):
         if limit := _limit(shape, sort):
             return limit
+    if kind.static and kind.offloads and set(shape.attention) == {"sliding"}:
+        return "Transformers offloads no sliding layer of a static cache, and this model has no others"
     if kind.implementation is None:
         return _reason(probe, "paged")
     return _reason(probe, str(kind.quantised["backend"])) if kind.quantised else None
@@ -291,7 +300,9 @@ def _group_size() -> Knob:
 
 
 def _of_groups(name: str, default: int, other: int) -> Knob:
-    values = (KnobValue(name=str(default), space="safe"), KnobValue(name=str(other), space="full", simplicity=1))
+    # Either may lose more than the default does; a cache that is quantised as it is today has been accepted as it is.
+    changed = KnobValue(name=str(other), space="full", simplicity=1, lossy=True)
+    values = (KnobValue(name=str(default), space="safe"), changed)
     return Knob(name=name, values=values, default=str(default), when={"cache": GROUPED})
 
 
@@ -317,6 +328,7 @@ def _prefill_chunk(shape: ModelShape) -> Knob:
 def _compile(probe: Probe) -> Knob:
     kind = _kind(probe)
     graphs = None if kind == "cuda" else f"works by CUDA graphs, which {kind} does not have"
+    alias = None if kind == "cuda" else f"is max-autotune on {kind}, which has no CUDA graphs"
     compiler = "torch.compile for mps is a prototype" if kind == "mps" else _reason(probe, "compile")
     by_itself = None if kind == "cuda" else "generate compiles by itself on cuda only"
 
@@ -331,7 +343,7 @@ def _compile(probe: Probe) -> Knob:
         value("default", "default", 2, None),
         value("reduce-overhead", "default", 3, graphs),
         value("max-autotune", "full", 3, None),
-        value("max-autotune-no-cudagraphs", "full", 3, graphs),
+        value("max-autotune-no-cudagraphs", "full", 3, alias),
     )
     return Knob(name="compile", values=values, default="off", when={"cache": COMPILED})
 

@@ -38,6 +38,7 @@ def facts(kind: str, cxx: str | None) -> dict[str, JsonValue]:
         "hqq": None if is_hqq_available() else "needs hqq, which is not installed: pip install hqq",
         "fp8": None if hasattr(cache_utils, "Fp8QuantizedLayer") else _too_old("fp8 caches"),
         "paged": None if _has_pages() else _too_old("pages whose size can be told"),
+        "flex_static": None if _passes_block_masks() else _too_old("static cache for the mask of flex attention"),
         "flash_attention_2": _package_reason("flash-attn", is_flash_attn_2_available()),
         "flash_attention_3": _package_reason("flash-attn-3", is_flash_attn_3_available()),
         "flash_attention_4": _package_reason("flash-attn-4", is_flash_attn_4_available()),
@@ -69,6 +70,12 @@ def _quanto_reason(kind: str, cxx: str | None) -> str | None:
 
 def _has_pages() -> bool:
     return "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}
+
+
+def _passes_block_masks() -> bool:
+    # No name tells it: `prepare_inputs_for_generation` does, in its body.
+    major, minor = transformers.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (5, 24)
 
 
 def _too_old(what: str) -> str:
