@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +13,13 @@ import pytest
 import torch
 
 from kvat_core import Objective, Plan, Profile, Scenario, TuneRequest, metrics, tune
+from kvat_core.engine import EngineError
 from kvat_core.journal import read_journal
 from kvat_core.schema import PromptSource, Recipe, Sample
-from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers import TransformersAdapter, builtin_path, handover
+from kvat_engine_transformers.adapter import digest
 from kvat_engine_transformers.prompts import model_inputs, unpadded
+from kvat_engine_transformers.recipes import STEP_TOKENS
 
 QUICK = Profile(
     name="quick",
@@ -109,3 +114,78 @@ def test_the_snippet_of_a_paged_cache_pads_nothing(tmp_path: Path) -> None:
     assert "kept.bool()" in (out / "snippet.py").read_text()
     (line,) = printed(out / "snippet.py")
     assert float(line["decode_tps"]) > 0
+
+
+def test_handed_over_a_paged_batch_has_the_rows_of_generate(prepared: Prepared) -> None:
+    adapter, recipe = prepared("builtin:llama", UNEQUAL, cache="paged")
+    handed_over = handover.imported(recipe, STEP_TOKENS)
+    inputs = model_inputs(adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1))
+    free = adapter.model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 24:].tolist()
+    # The third token of a row, which no other row has, and itself not before: that row ends early.
+    end = next(row[2] for row in free if row[2] not in row[:2] and sum(row[2] in other for other in free) == 1)
+    for options in ({}, {"pad_token_id": 5}, {"eos_token_id": [end, 300]}):
+        how = {"max_new_tokens": 12, "eos_token_id": end, **options}
+        expected = adapter.model.generate(**inputs, do_sample=False, **how)
+        assert sum(row[3:].unique().numel() == 1 for row in expected[:, 24:]) >= 1, "a row is padded"
+        assert torch.equal(handed_over.generate(adapter.model, **inputs, **how), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("DefaultCPUAllocator: can't allocate memory", "oom_host"), ("a defect", None)]
+)
+def test_handed_over_a_batch_that_failed_is_no_answer(prepared: Prepared, text: str, kind: str | None) -> None:
+    adapter, _ = prepared("builtin:llama", UNEQUAL, cache="paged")
+    prompt = adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(text)
+
+    hook = adapter.model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises((RuntimeError, EngineError)) as caught:
+            adapter.answer(prompt, 4, UNEQUAL.total_tokens)
+    finally:
+        hook.remove()
+    assert getattr(caught.value, "kind", None) == kind
+
+
+def test_handed_over_a_batch_that_is_given_up_is_no_answer(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, _ = prepared("builtin:llama", UNEQUAL, cache="paged")
+    monkeypatch.setitem(vars(adapter.model), "generate_batch", lambda *arguments, **options: {})
+    with pytest.raises(RuntimeError, match=r"^3 of 3 prompts have no answer$"):
+        adapter.answer(adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1), 4, UNEQUAL.total_tokens)
+
+
+def test_nothing_is_no_answer(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, _ = prepared("builtin:llama", UNEQUAL)
+    monkeypatch.setitem(vars(adapter.model), "generate", lambda input_ids, **options: input_ids)
+    with pytest.raises(EngineError, match="the code that is handed over answered nothing") as caught:
+        adapter.answer(adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1), 4, UNEQUAL.total_tokens)
+    assert caught.value.kind == "no_output"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+def test_the_code_that_is_handed_over_answers_unequal_prompts_as_they_are_timed(prepared: Prepared, cache: str) -> None:
+    adapter, _ = prepared("builtin:llama", UNEQUAL, cache=cache)
+    prompt = adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1)
+    timed = adapter.generate(prompt, UNEQUAL.output_tokens).tokens
+    assert adapter.answer(prompt, UNEQUAL.output_tokens, UNEQUAL.total_tokens) == digest(timed, prompt)
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        ({"repetition_penalty": 1.1}, "generate_batch has no RepetitionPenaltyLogitsProcessor"),
+        ({"min_new_tokens": 4}, "generate_batch has no MinNewTokensLengthLogitsProcessor"),
+    ],
+)
+def test_a_paged_cache_is_refused_where_it_would_answer_otherwise(
+    prepared: Prepared, tmp_path: Path, habit: dict[str, float], reason: str
+) -> None:
+    shutil.copytree(builtin_path("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **habit}))
+    adapter, _ = prepared(str(tmp_path / "model"), UNEQUAL, cache="paged")
+    with pytest.raises(EngineError, match=reason) as caught:
+        adapter.applied(adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1))
+    assert caught.value.kind == "unsupported"

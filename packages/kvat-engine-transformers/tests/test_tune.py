@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,10 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
         )
         assert ("model.generate_batch(" in text) == (settings["cache"] == "paged")
         assert all(f'"{name}": {value!r}'.replace("'", '"') in text for name, value in kind.quantised.items())
+
+
+def test_the_snippet_keeps_the_chunks_of_the_longest_prompt(make_plan: Callable[..., Plan]) -> None:
+    # The scenario that is longest in all has a prompt that is not cut.
+    scenarios = (Scenario(prompt_tokens=200, output_tokens=8), Scenario(prompt_tokens=100, output_tokens=300))
+    plan = make_plan({"chunked": {"prefill_chunk": "128"}}, profile=QUICK.model_copy(update={"scenarios": scenarios}))
+    assert '"prefill_chunk_size": 128' in TransformersEngine().snippet(plan)["snippet.py"]

@@ -120,6 +120,10 @@ class TransformersAdapter(EngineAdapter):
         return _timeline(self.generate(prompt, max(1, max_new_tokens)))
 
     def applied(self, prompt: torch.Tensor) -> Applied:
+        if self._recipe.call == "generate_batch":
+            reason = batching.unserved(self.model, self._recipe.arguments)
+            if reason is not None:
+                raise EngineError("unsupported", reason)
         with translated(), actions.entered(self._recipe):
             seen = observation.observe(
                 self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before
@@ -145,7 +149,9 @@ class TransformersAdapter(EngineAdapter):
         handed_over = handover.imported(self._recipe, STEP_TOKENS)
         pinned = {} if actions.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
         with translated():
-            output = handed_over.generate(self.model, prompt, max_new_tokens, **pinned)
+            output = handed_over.generate(self.model, max_new_tokens=max_new_tokens, **model_inputs(prompt), **pinned)
+        if output.shape[1] <= prompt.shape[1]:
+            raise EngineError("no_output", "the code that is handed over answered nothing")
         return digest(output, prompt)
 
     def measure_resources(self) -> Resources:

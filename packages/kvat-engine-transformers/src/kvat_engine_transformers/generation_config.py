@@ -14,6 +14,7 @@ from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, Plan, Recipe, Target
 from kvat_engine_transformers import knobs
 from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.winner import winners_recipe
 
 FILE = "generation_config.json"
 
@@ -40,15 +41,11 @@ def config_file(plan: Plan, folder: Path) -> ConfigFile:
     Raises:
         UsageError: the winner has settings that this version does not know, or is run by another function.
     """
-    settings = plan.require_winner().settings
-    knobs.require_known(settings)
-    # A chunk of the prompt that is longer than the prompt is none, and left out.
-    shape = max(plan.profile.scenarios, key=lambda scenario: scenario.prompt_tokens)
-    model = ModelRef(id=plan.model.id, revision=plan.model.revision)
-    wanted = recipe(settings, shape, Target(model=model, device=plan.machine.device, options=plan.engine.options))
+    wanted = winners_recipe(plan)
     if wanted.call != "generate":
         raise UsageError(f"the winner runs by {wanted.call}, which takes no defaults from {FILE}; apply it as code")
-    plain = recipe(_plain_settings(folder, settings), shape, Target(model=model, device=plan.machine.device))
+    target = Target(model=ModelRef(id=plan.model.id), device=plan.machine.device)
+    plain = recipe(_plain_settings(folder, plan.require_winner().settings), plan.profile.scenarios[0], target)
     return ConfigFile(
         name=FILE,
         values={name: value for name in CARRIED if (value := wanted.arguments.get(name)) is not None},

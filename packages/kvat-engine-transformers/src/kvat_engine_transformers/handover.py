@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import pprint
@@ -25,6 +26,9 @@ def generate(model, input_ids, max_new_tokens, **options):
 '''
 
 _GENERATE_BATCH = '''\
+{spare_blocks}
+
+
 def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     """Answers of Transformers' continuous batching, in the order of the prompts, with the time of each token.
 
@@ -40,7 +44,7 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     # Left to itself, the pool takes nearly all the memory that is free.
     batching = ContinuousBatchingConfig(
         page_size={page_tokens},
-        num_blocks=pages * len(prompts),
+        num_blocks=pages * len(prompts) + spare_blocks(model.config.get_text_config()),
         max_batch_tokens=max(input_ids.shape[1], min(input_ids.numel(), {step_tokens})),
         max_requests_per_batch=len(prompts),
 {others}
@@ -48,16 +52,25 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     found = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=batching, record_timestamps=True
     )
+    # It happens in another thread, whose errors stop nothing here.
+    failed = [answer.error for answer in found.values() if answer.error is not None]
+    if failed:
+        raise RuntimeError(failed[0])
+    if len(found) < len(prompts):
+        raise RuntimeError(f"{{len(prompts) - len(found)}} of {{len(prompts)}} prompts have no answer")
     return list(found.values())
 
 
-def generate(model, input_ids, max_new_tokens, **options):
-    """Generate greedily, as it was measured; every call has a pool of its own, for prompts of equal length.
+{joined}
 
-    `options` as in `answers`.
+
+def generate(model, input_ids, max_new_tokens, **options):
+    """Generate greedily, as it was measured; every call has a pool of its own.
+
+    What it returns is what `model.generate` returns. `options` as in `answers`.
     """
     found = answers(model, input_ids, max_new_tokens, **options)
-    return torch.tensor([answer.prompt_ids + answer.generated_tokens for answer in found])
+    return joined(input_ids, [answer.generated_tokens for answer in found], model.generation_config, options)
 '''
 
 _COMPILES = """ The first call compiles, and so does the first one of another
@@ -82,7 +95,8 @@ def imported(shown: Recipe, step_tokens: int) -> Any:
     """The same as a module that was written to a file and imported from there, as users import their snippet."""
     lines, names = imports(shown)
     of_transformers = [f"from transformers import {', '.join(names)}"] if names else []
-    text = "\n".join(["import copy", "import torch", *lines, *of_transformers, source(shown, step_tokens)])
+    always = [f"import {name}" for name in ("copy", "math", "torch")]
+    text = "\n".join([*always, *lines, *of_transformers, source(shown, step_tokens)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "handed_over.py"
         path.write_text(text, encoding="utf-8")
@@ -95,9 +109,9 @@ def imported(shown: Recipe, step_tokens: int) -> Any:
 
 
 def imports(shown: Recipe) -> tuple[list[str], list[str]]:
-    """What `source` needs beside torch and the standard library's copy: whole lines, and names of transformers."""
+    """What `source` needs beside torch, copy and math: whole lines, and names of transformers."""
     if shown.call == "generate_batch":
-        return [], ["ContinuousBatchingConfig"]
+        return [], ["ContinuousBatchingConfig", "GenerationConfig"]
     lines = []
     if any(call.name == "torch.nn.attention.sdpa_kernel" for call in shown.context):
         lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
@@ -124,7 +138,16 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         step_tokens=step_tokens,
         generation=literal(generation),
         others="\n".join(f"        {name}={value!r}," for name, value in others.items()),
+        joined=_function("rows.py", "joined"),
+        spare_blocks=_function("sectors.py", "spare_blocks"),
     )
+
+
+def _function(file: str, name: str) -> str:
+    """A function of this package as its source says it."""
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    (node,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return str(ast.get_source_segment(text, node))
 
 
 def _body(shown: Recipe) -> list[str]:

@@ -8,12 +8,12 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from kvat_core.schema import ModelRef, Plan, PlanModel, Recipe, Scenario, Target
+from kvat_core.schema import Plan, PlanModel, Recipe, Scenario
 from kvat_engine_transformers import handover, registration
 from kvat_engine_transformers.handover import literal
-from kvat_engine_transformers.knobs import require_known
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
-from kvat_engine_transformers.recipes import STEP_TOKENS, recipe
+from kvat_engine_transformers.recipes import STEP_TOKENS
+from kvat_engine_transformers.winner import winners_recipe
 
 _TEMPLATE = '''\
 """{title}
@@ -138,18 +138,8 @@ def render(plan: Plan) -> str:
     Raises:
         UsageError: the winner has settings that this version does not know.
     """
-    winner = plan.require_winner()
-    require_known(winner.settings)
-    target = Target(
-        model=ModelRef(id=plan.model.id, revision=plan.model.revision),
-        device=plan.machine.device,
-        threads=plan.machine.threads,
-        options=plan.engine.options,
-    )
+    winner, shown = plan.require_winner(), winners_recipe(plan)
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
-    # What differs between scenarios is their lengths alone, and those are arguments of the script's functions. A chunk
-    # that is longer than a shorter prompt changes nothing of it.
-    shown = recipe(winner.settings, scenarios[-1], target)
     batched = shown.call == "generate_batch"
     unequal = any(scenario.shortest_prompt_tokens for scenario in scenarios)
     timed = (_TIMED_BATCH if batched else _TIMED).format(masked=", attention_mask=mask" if unequal else "")
@@ -159,7 +149,7 @@ def render(plan: Plan) -> str:
         title=_prose(f"kvat's choice for {plan.model.id} and profile {plan.profile.name}: {winner.label}."),
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
-        copy_import="import copy\n" if batched else "",
+        copy_import="import copy\nimport math\n" if batched else "",
         sys_import="import sys\n" if local else "",
         load_example="MODEL_DIRECTORY" if local else "",
         load_parameter="model=MODEL" if local else "",
