@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
+from kvat_core.engine import EngineError
 from kvat_core.errors import NothingFeasible, UsageError
 from kvat_core.schema import ModelShape, Plan, PlanEngine, Rule, needed_bytes
 from kvat_engine_transformers import (
@@ -26,6 +27,7 @@ from kvat_engine_transformers import (
     leftovers,
     load_plan,
     patch_generate,
+    runtime,
 )
 from kvat_engine_transformers.devices import probe_device
 from kvat_engine_transformers.kept import NAMES, cache_of
@@ -356,6 +358,43 @@ def test_with_a_streamer_nothing_is_tried_again(llama: PreTrainedModel, spy: Spy
         planned.generate(IDS[:1], 3, streamer=Streamer())
 
 
+def test_a_paged_winner_leaves_a_streamer_to_the_next_candidate(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    class Streamer:
+        heard = 0
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.heard += 1
+
+        def end(self) -> None: ...
+
+    streamer = Streamer()
+    planned = load_plan(make_plan({"paged": {"cache": "paged"}, **CANDIDATES}), model=llama)
+    with pytest.warns(FallbackWarning, match="^paged failed: generate_batch takes no streamer; going on with static$"):
+        planned.generate(IDS[:1], 3, streamer=streamer, eos_token_id=None)
+    assert streamer.heard == 1 + 3
+    planned.generate(IDS[:1], 3, streamer=None)
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        ({"num_beams": 2}, "generate_batch has no beams, and num_beams is 2"),
+        ({"repetition_penalty": 1.5}, "generate_batch has no RepetitionPenaltyLogitsProcessor"),
+        ({"min_new_tokens": 3}, "generate_batch has no MinNewTokensLengthLogitsProcessor"),
+    ],
+    ids=str,
+)
+def test_what_generate_batch_would_leave_out_is_left_to_the_next_candidate(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, habit: dict[str, Any], reason: str
+) -> None:
+    own = llama.generation_config.to_dict()
+    monkeypatch.setattr(llama, "generation_config", GenerationConfig(**{**own, **habit}))
+    expected = llama.generate(IDS, max_new_tokens=5)
+    plan = make_plan({"paged": {"cache": "paged"}, "dynamic": {}})
+    with patch_generate(llama, plan), pytest.warns(FallbackWarning, match=f"^paged failed: {reason}"):
+        assert torch.equal(llama.generate(IDS, max_new_tokens=5), expected)
+
+
 def test_what_a_failed_call_held_is_free_before_the_next_one(
     llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
 ) -> None:
@@ -423,6 +462,30 @@ def test_a_plan_of_another_engine_or_version_is_refused(llama: PreTrainedModel, 
 def test_rows_are_needed(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     with pytest.raises(UsageError, match="input_ids have 1 dimensions; give one row per prompt"):
         load_plan(make_plan(), model=llama).generate(IDS[0], 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5)])
+def test_so_are_tokens(llama: PreTrainedModel, make_plan: MakePlan, shape: tuple[int, int]) -> None:
+    empty = torch.empty(shape, dtype=torch.long)
+    with pytest.raises(UsageError, match=r"input_ids of shape \(\d, \d\) hold no token; give at least one per prompt"):
+        load_plan(make_plan(), model=llama).generate(empty, 3)
+    with patch_generate(llama, make_plan()), pytest.raises(UsageError, match="hold no token"):
+        llama.generate(empty, max_new_tokens=3)
+
+
+def test_the_one_device_of_metal_has_no_number(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = []
+
+    def probe(device: str, options: Mapping[str, str]) -> Any:
+        probed.append(device)
+        return probe_device("cpu", options)
+
+    monkeypatch.setattr(type(llama), "device", torch.device("mps", 0))
+    monkeypatch.setattr(runtime, "probe_device", probe)
+    assert load_plan(make_plan(), model=llama)._target.device == "mps"
+    assert probed == ["mps"]
 
 
 # What differs -------------------------------------------------------------------------------------
@@ -503,6 +566,46 @@ def test_calls_that_no_plan_can_serve_pass_unchanged(llama: PreTrainedModel, mak
         with pytest.warns(PlanWarning, match="has no input_ids"):
             assert llama.generate(inputs_embeds=embeddings, max_new_tokens=2).shape == (2, 2)
     assert cache.get_seq_length() == 13
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=4)},
+        {"assistant_model": None},
+        {"custom_generate": lambda model, input_ids, **options: input_ids},
+    ],
+    ids=["lookup", "config", "assistant", "custom"],
+)
+def test_assisted_and_custom_decoding_pass_unchanged(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan, how: dict[str, Any]
+) -> None:
+    if "assistant_model" in how:
+        how = {"assistant_model": AutoModelForCausalLM.from_pretrained(builtin_path("llama"), dtype=torch.float32)}
+    given = {"max_new_tokens": 4, "attention_mask": torch.ones_like(IDS[:1]), **how}
+    expected = llama.generate(IDS[:1], **given)
+    with (
+        patch_generate(llama, make_plan()),
+        pytest.warns(PlanWarning, match="^the call asks for assisted or custom decoding; the plan is not used for it$"),
+    ):
+        assert torch.equal(llama.generate(IDS[:1], **given), expected)
+    assert "StaticCache" not in spy.caches
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+def test_a_paged_plan_generates_as_much_as_a_call_means(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan({"paged": {"cache": "paged"}})
+    expected = llama.generate(IDS, eos_token_id=None)
+    with patch_generate(llama, plan):
+        assert torch.equal(llama.generate(IDS, eos_token_id=None), expected)
+        monkeypatch.setattr(llama.generation_config, "max_length", 15)
+        assert llama.generate(IDS, eos_token_id=None).shape == (2, 15)
+        monkeypatch.setattr(llama.generation_config, "max_length", 9)
+        with pytest.raises(EngineError, match="generate_batch cannot generate -3 tokens"):
+            llama.generate(IDS)
 
 
 def test_afterwards_generate_is_what_it_was_even_after_an_error(llama: PreTrainedModel, make_plan: MakePlan) -> None:

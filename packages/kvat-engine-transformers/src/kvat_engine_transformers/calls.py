@@ -9,14 +9,31 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
 from kvat_engine_transformers import actions, batching, leftovers, registration
 from kvat_engine_transformers.failures import translated
+from kvat_engine_transformers.rows import joined
 
 _OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
 """Options of `generate` that a call by `generate_batch` takes, too."""
+
+_USUAL_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+"""Decoding in which one forward call gives the next token of each sequence, or of each beam."""
+
+
+class NotBegun(EngineError):
+    """A call cannot be made by a recipe, and nothing was generated."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("unsupported", reason)
 
 
 def carry_out(
@@ -24,6 +41,7 @@ def carry_out(
     model: PreTrainedModel,
     generate: Callable[..., Any],
     input_ids: torch.Tensor,
+    new_tokens: int,
     options: Mapping[str, Any],
     leave: tuple[str, ...],
 ) -> Any:
@@ -34,11 +52,13 @@ def carry_out(
         model: its attention, and the process's threads, are what they were afterwards.
         generate: its own method.
         input_ids: one row per prompt.
+        new_tokens: at most, per prompt; as the options say, or what they mean by saying nothing.
         options: of the caller, which come before what was measured.
         leave: arguments of the recipe that are the caller's business.
 
     Raises:
-        EngineError: it failed in a known way, or cannot be done with this model or these options.
+        NotBegun: it cannot be done with this model or these options.
+        EngineError: it failed in a known way.
     """
     if not recipe.compiles:
         # A compiled one keeps the longest length, since another one would be compiled anew.
@@ -46,9 +66,9 @@ def carry_out(
     measured = {name: value for name, value in actions.arguments(recipe).items() if name not in leave}
     with translated(), _switched(model, recipe), actions.entered(recipe):
         if recipe.call == "generate_batch":
-            return _generate_batch(model, input_ids, measured, options)
+            return _generate_batch(model, input_ids, {**measured, "max_new_tokens": new_tokens}, options)
         if recipe.call != "generate":
-            raise EngineError("unsupported", f"this kvat-engine-transformers cannot call {recipe.call} for a plan")
+            raise NotBegun(f"this kvat-engine-transformers cannot call {recipe.call} for a plan")
         return generate(input_ids=input_ids, **_merged(measured, options))
 
 
@@ -60,6 +80,17 @@ def new_tokens(model: PreTrainedModel, prompt_tokens: int, options: Mapping[str,
     lengths = (source["max_length"] - prompt_tokens for source in sources if source.get("max_length") is not None)
     default = model.generation_config._get_default_generation_params()["max_length"]
     return int(next((count for count in counts if count is not None), next(lengths, default)))
+
+
+def decodes_otherwise(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
+    """Whether a call asks for assisted or custom decoding, which has a cache and an order of calls of its own."""
+    config, asked = copy.deepcopy(model.generation_config), options.get("generation_config")
+    for source in ({} if asked is None else vars(asked), options):
+        for name, value in source.items():
+            if value is not None and hasattr(config, name):
+                setattr(config, name, value)
+    custom = options.get("custom_generate") is not None
+    return custom or config.get_generation_mode(options.get("assistant_model")) not in _USUAL_MODES
 
 
 @contextmanager
@@ -82,9 +113,9 @@ def _attend_by(model: PreTrainedModel, attention: str) -> None:
     try:
         model.set_attn_implementation(attention)
     except (ValueError, ImportError) as error:
-        raise EngineError("unsupported", f"this model cannot attend by {attention}") from error
+        raise NotBegun(f"this model cannot attend by {attention}") from error
     if model.config._attn_implementation != attention:
-        raise EngineError("unsupported", f"the attention of a loaded {type(model).__name__} cannot be changed")
+        raise NotBegun(f"the attention of a loaded {type(model).__name__} cannot be changed")
 
 
 def _merged(measured: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,23 +133,18 @@ def _generate_batch(
     model: PreTrainedModel, input_ids: torch.Tensor, measured: Mapping[str, Any], options: Mapping[str, Any]
 ) -> torch.Tensor:
     """Rows as `generate` returns them: the prompt as it was given, what follows it, padding up to the longest one."""
-    if strange := next((name for name in options if name not in _OF_A_BATCH), None):
-        raise EngineError("unsupported", f"generate_batch takes no {strange}")
-    asked = {name: value for name, value in options.items() if name != "attention_mask"}
-    if "eos_token_id" in asked and asked["eos_token_id"] is None:
+    asked = {name: value for name, value in options.items() if value is not None}
+    if strange := next((name for name in asked if name not in _OF_A_BATCH), None):
+        raise NotBegun(f"generate_batch takes no {strange}")
+    mask = asked.pop("attention_mask", None)
+    if "eos_token_id" in options and options["eos_token_id"] is None:
         asked["eos_token_id"] = batching.NO_END_OF_SEQUENCE
-    mask = options.get("attention_mask")
+    arguments = {**measured, **asked}
+    if arguments["max_new_tokens"] < 1:
+        raise NotBegun(f"generate_batch cannot generate {arguments['max_new_tokens']} tokens")
+    if (reason := batching.unserved(model, arguments)) is not None:
+        raise NotBegun(reason)
     real = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, real, strict=True)]
-    answers = [request.output_ids for request in batching.generate(model, rows, {**measured, **asked})]
-    longest, padding = max(map(len, answers)), _padding(model, options)
-    padded = [ids + [padding] * (longest - len(ids)) for ids in answers]
-    return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
-
-
-def _padding(model: PreTrainedModel, options: Mapping[str, Any]) -> int:
-    """As `generate` pads: by the token for it, else by one that ends a sequence."""
-    own = model.generation_config
-    candidates = (options.get("pad_token_id"), own.pad_token_id, options.get("eos_token_id"), own.eos_token_id)
-    found = next((one for one in candidates if one is not None), 0)
-    return int(found[0] if isinstance(found, (list, tuple)) else found)
+    answers = [request.output_ids for request in batching.generate(model, rows, arguments)]
+    return joined(input_ids, answers, model.generation_config, dict(options))

@@ -28,9 +28,9 @@ from kvat_core.schema import (
     Target,
     read_plan,
 )
-from kvat_engine_transformers import headroom, kept, knobs, leftovers
+from kvat_engine_transformers import headroom, kept, knobs, leftovers, live
 from kvat_engine_transformers.adapter import TransformersAdapter
-from kvat_engine_transformers.calls import carry_out, new_tokens
+from kvat_engine_transformers.calls import NotBegun, carry_out, decodes_otherwise, new_tokens
 from kvat_engine_transformers.description import describe_loaded, describe_model
 from kvat_engine_transformers.devices import probe_device
 from kvat_engine_transformers.differences import differences
@@ -117,7 +117,7 @@ class PlannedModel:
         self._original: Callable[..., Any] = getattr(generate, _PATCHED, generate)
         self._usable = usable(plan, shape, probe, str(model.dtype).removeprefix("torch."))
         named = ModelRef(id=plan.model.id, revision=plan.model.revision)
-        self._target = _target(plan, named, str(model.device))
+        self._target = _target(plan, named, live.name_of(model.device))
         if (reason := self._usable.against_winner()) is not None:
             label = plan.require_winner().label
             tell(FallbackWarning, f"{label} cannot run here: {reason}; other candidates of the plan are used")
@@ -126,7 +126,7 @@ class PlannedModel:
         """What `model.generate` returns, greedily and as it was measured.
 
         Where memory runs out, or a kernel cannot serve the call, the next candidate of the plan is tried, and a
-        `FallbackWarning` says so. With a `streamer`, which may have passed tokens on, none is.
+        `FallbackWarning` says so. None is once a `streamer` may have passed tokens on.
 
         Args:
             input_ids: one row per prompt.
@@ -172,8 +172,13 @@ class PlannedModel:
         """Call by one candidate after another, until one has an answer."""
         if input_ids.dim() != 2:
             raise UsageError(f"input_ids have {input_ids.dim()} dimensions; give one row per prompt")
+        if input_ids.numel() == 0:
+            raise UsageError(f"input_ids of shape {tuple(input_ids.shape)} hold no token; give at least one per prompt")
         if any(options.get(name) is not None for name in kept.NAMES):
             tell(PlanWarning, "the call brings a cache of its own; the plan is not used for it")
+            return self._original(input_ids=input_ids, **options)
+        if decodes_otherwise(self.model, options):
+            tell(PlanWarning, "the call asks for assisted or custom decoding; the plan is not used for it")
             return self._original(input_ids=input_ids, **options)
         batch_size, prompt_tokens = input_ids.shape
         # A scenario has a decode step at least; how many tokens come about is the options' to say.
@@ -184,9 +189,10 @@ class PlannedModel:
         while True:
             made = recipe(candidate.settings, scenario, self._target)
             try:
-                return carry_out(made, self.model, self._original, input_ids, options, leave)
+                return carry_out(made, self.model, self._original, input_ids, new_tokens, options, leave)
             except EngineError as error:
-                if error.kind not in _FALLS_BACK or options.get("streamer") is not None:
+                streamed = options.get("streamer") is not None and not isinstance(error, NotBegun)
+                if streamed or error.kind not in _FALLS_BACK:
                     raise _original_of(error) from None
                 failure = error
             left = left.after(candidate, failure.kind)
@@ -234,7 +240,7 @@ def _target(plan: Plan, model: ModelRef, device: str) -> Target:
 
 
 def _bound(plan: Plan, model: PreTrainedModel, requests: int | None) -> PlannedModel:
-    probe, shape = probe_device(str(model.device), {}), describe_loaded(model)
+    probe, shape = probe_device(live.name_of(model.device), {}), describe_loaded(model)
     _tell_differences(plan, probe, shape)
     return PlannedModel(plan, model, shape, probe, requests)
 
