@@ -85,7 +85,8 @@ def patch_generate(
     """Have `model.generate` follow a plan inside the block; afterwards it is what it was.
 
     The plan decides how tokens come about, not which: sampling, beams and lengths stay those of the caller and of the
-    model's generation_config. Blocks may be nested; the innermost plan counts.
+    model's generation_config. Calls with a cache of their own, and assisted or custom decoding, pass unchanged, with a
+    `PlanWarning`. Blocks may be nested; the innermost plan counts.
 
     Raises:
         UsageError, NothingFeasible: as `load_plan`.
@@ -126,7 +127,7 @@ class PlannedModel:
         """What `model.generate` returns, greedily and as it was measured.
 
         Where memory runs out, or a kernel cannot serve the call, the next candidate of the plan is tried, and a
-        `FallbackWarning` says so. None is once a `streamer` may have passed tokens on.
+        `FallbackWarning` says so, but not once a `streamer` may have passed tokens on.
 
         Args:
             input_ids: one row per prompt.
