@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def test_handed_over_a_paged_batch_has_the_rows_of_generate(prepared: Prepared) 
         expected = adapter.model.generate(**inputs, do_sample=False, **how)
         assert sum(row[3:].unique().numel() == 1 for row in expected[:, 24:]) >= 1, "a row is padded"
         assert torch.equal(handed_over.generate(adapter.model, **inputs, **how), expected)
+    twice = handed_over.generate(adapter.model, **inputs, max_new_tokens=4, num_return_sequences=2, do_sample=True)
+    assert torch.equal(twice[:, :24], inputs["input_ids"].repeat_interleave(2, dim=0))
 
 
 @pytest.mark.parametrize(
@@ -189,3 +192,19 @@ def test_a_paged_cache_is_refused_where_it_would_answer_otherwise(
     with pytest.raises(EngineError, match=reason) as caught:
         adapter.applied(adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1))
     assert caught.value.kind == "unsupported"
+
+
+def test_the_gradient_mode_of_continuous_batching_is_seen_where_it_computes(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, _ = prepared("builtin:llama", cache="paged")
+    prompt = adapter.make_prompt(TEXT, [48], 1)
+    assert adapter.applied(prompt).values["grad_mode"] == "no_grad"
+    run = threading.Thread.run
+
+    def run_otherwise(self: threading.Thread) -> None:
+        with torch.inference_mode():
+            run(self)
+
+    monkeypatch.setattr(threading.Thread, "run", run_otherwise)
+    assert "grad mode: the recipe says no_grad, it is inference_mode" in adapter.applied(prompt).mismatches

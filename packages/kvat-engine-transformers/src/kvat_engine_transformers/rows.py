@@ -18,4 +18,6 @@ def joined(
         padding = padding[0]
     longest = max(len(ids) for ids in answers)
     padded = [[*ids, *[padding] * (longest - len(ids))] for ids in answers]
-    return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    # There are several for each prompt where `num_return_sequences` asks for them.
+    prompts = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0)
+    return torch.cat([prompts, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
