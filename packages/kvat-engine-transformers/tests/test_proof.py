@@ -12,7 +12,7 @@ from kvat_engine_transformers import actions, proof
 from kvat_engine_transformers.batching import Pool
 from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.live import Layer
-from kvat_engine_transformers.observation import Seen
+from kvat_engine_transformers.observation import Seen, kernels_of
 from kvat_engine_transformers.recipes import PAGE_TOKENS, recipe
 
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
@@ -89,3 +89,31 @@ def test_a_pool_has_what_the_recipe_says_up_to_whole_sectors(blocks: int, spare:
     pool = Pool("PagedAttentionCache", PAGE_TOKENS, blocks, spare, False, 0, "bfloat16", DEVICE, "sdpa")
     told = f"pages: the recipe says 1 blocks and {spare} to spare, there are {blocks}"
     assert mismatches(made, pool=pool, layers=()) == ((told,) if wrong else ())
+
+
+# Names as profiles of cards have them.
+FLASH_2 = ("flash_attn::_flash_attn_forward", "void flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<64>>")
+FLASH_3 = ("flash_attn_3::fwd", "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<X>>>")
+FLASH_4 = ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm100FlashAttentionForwardSm100_object_at__tensor0000_0",)
+OTHERS = ("aten::mm", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>")
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "others"), [(2, FLASH_2, FLASH_3), (3, FLASH_3, FLASH_4), (4, FLASH_4, FLASH_2)]
+)
+def test_flash_attention_is_proven_by_what_its_own_package_ran(
+    version: int, names: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    made = on_cuda(attention=f"flash_attention_{version}")
+    for name in names:
+        kernels = kernels_of((name, *OTHERS), actions.attention(made))
+        assert mismatches(made, kernels=kernels) == ()
+    none = kernels_of((*others, *OTHERS), actions.attention(made))
+    told = f"kernel: flash_attention_{version} was asked for, none of its kernels ran"
+    assert mismatches(made, kernels=none) == (told,)
+
+
+def test_sdpa_in_place_of_flash_attention_is_seen() -> None:
+    made = on_cuda(attention="flash_attention_2")
+    kernels = kernels_of(("aten::_scaled_dot_product_flash_attention",), "flash_attention_2")
+    assert mismatches(made, kernels=kernels) == ("kernel: flash_attention_2 calls none of SDPA, FLASH_ATTENTION ran",)

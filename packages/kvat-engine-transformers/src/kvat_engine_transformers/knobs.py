@@ -351,7 +351,7 @@ def _compile(probe: Probe) -> Knob:
 def _grad_mode() -> Knob:
     no_grad = KnobValue(name="no_grad", space="safe")
     inference_mode = KnobValue(name="inference_mode", space="default", simplicity=1)
-    # The thread in which generate_batch computes has a mode of its own.
+    # Before Transformers 5.24 the thread in which generate_batch computes has a mode of its own, since then the caller's.
     return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad", when={"cache": OF_GENERATE})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -32,12 +32,21 @@ _KERNELS = (
     # On mps this includes the fused operator, which torch chooses inside its math kernel.
     ("_scaled_dot_product_attention_math", "MATH"),
 )
-"""Start of an operator's name to the attention kernel behind it; the first match counts."""
+"""Start of an operator's name to the attention kernel behind it."""
 
 _XFORMERS = tuple(
     (start, "XFORMERS") for start in ("xformers", "_flash_attention_forward", "_efficient_attention_forward")
 )
 """The same of operators that xFormers calls: its own, and PyTorch's kernels without SDPA around them."""
+
+
+FLASH_PARTS = {
+    "flash_attention_2": ("flash_attn::_flash_attn", "void flash::flash_fwd"),
+    "flash_attention_3": ("flash_attn_3::", "flash::FlashAttnFwdSm"),
+    "flash_attention_4": ("FlashAttentionForwardSm",),
+}
+"""By attention, what is part of its package's names: of its operators, and of its kernels, which some calls launch
+without an operator. PyTorch's own copy of the kernels is in another namespace, `pytorch_flash`."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,7 @@ class _Witness:
         return sums.index(tokens) + 1 if tokens in sums else 0
 
     def put(self, tokens: torch.Tensor) -> None:
-        if torch.is_inference_mode_enabled():
-            self.grad_mode = "inference_mode"
-        else:
-            self.grad_mode = "grad" if torch.is_grad_enabled() else "no_grad"
+        self.grad_mode = _grad_mode()
 
     def end(self) -> None:
         pass
@@ -147,7 +153,7 @@ def observe(
         prompt_tokens=prompt.shape[1],
         prefill_calls=witness.calls_for(prompt.shape[1]),
         attention=str(model.config._attn_implementation),
-        kernels=_kernels((event.key for event in profiler.key_averages()), model.config._attn_implementation),
+        kernels=kernels_of((event.key for event in profiler.key_averages()), model.config._attn_implementation),
         grad_mode=witness.grad_mode,
         dtypes=live.dtypes_by_bytes(model),
         packed_by=packed_by(model),
@@ -167,6 +173,7 @@ def _observe_batch(
     everywhere = _ExperimentalConfig(profile_all_threads=True)
     with (
         batching.watched(model) as watch,
+        _forward_modes(model) as modes,
         profile(activities=_activities(model.device), experimental_config=everywhere) as profiler,
     ):
         batching.generate(model, unpadded(prompt), arguments)
@@ -180,8 +187,8 @@ def _observe_batch(
         prompt_tokens=prompt.shape[1],
         prefill_calls=0,
         attention=watch.pool.attention,
-        kernels=_kernels((event.key for event in profiler.key_averages()), watch.pool.attention),
-        grad_mode="no_grad",  # by a decorator of that thread, which no context reaches
+        kernels=kernels_of((event.key for event in profiler.key_averages()), watch.pool.attention),
+        grad_mode=" and ".join(sorted(modes)) or "unknown",
         dtypes=live.dtypes_by_bytes(model),
         packed_by=packed_by(model),
         devices=live.names_of(parameter.device for parameter in model.parameters()),
@@ -193,14 +200,37 @@ def _observe_batch(
     )
 
 
+@contextmanager
+def _forward_modes(model: PreTrainedModel) -> Iterator[set[str]]:
+    """The gradient modes of all forward calls in the block, each seen in the thread of its call."""
+    modes: set[str] = set()
+    hook = model.register_forward_pre_hook(lambda *_: modes.add(_grad_mode()))
+    try:
+        yield modes
+    finally:
+        hook.remove()
+
+
+def _grad_mode() -> str:
+    """That of the calling thread."""
+    if torch.is_inference_mode_enabled():
+        return "inference_mode"
+    return "grad" if torch.is_grad_enabled() else "no_grad"
+
+
 def _activities(device: torch.device) -> list[ProfilerActivity]:
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     return [ProfilerActivity.CPU, *cuda]
 
 
-def _kernels(operators: Any, attention: str) -> tuple[str, ...]:
+def kernels_of(operators: Iterable[str], attention: str) -> tuple[str, ...]:
+    """Attention kernels behind the names of a profile, in which those of a device are beside the operators."""
     # SDPA calls some of what xFormers calls, inside operators of its own.
     known = (*_KERNELS, *(_XFORMERS if attention == "xformers" else ()))
-    names = (operator.removeprefix("aten::") for operator in operators)
-    found = {next((kernel for start, kernel in known if name.startswith(start)), None) for name in names}
-    return tuple(sorted(kernel for kernel in found if kernel is not None))
+    parts = FLASH_PARTS.get(attention, ())
+    found = set()
+    for name in operators:
+        plain = name.removeprefix("aten::")
+        found |= {kernel for start, kernel in known if plain.startswith(start)}
+        found |= {attention.upper() for part in parts if part in name}
+    return tuple(sorted(found))

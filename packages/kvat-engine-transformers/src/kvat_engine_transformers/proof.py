@@ -10,7 +10,7 @@ from transformers import Cache
 from kvat_core.schema import Applied, Recipe
 from kvat_engine_transformers import actions, batching, live
 from kvat_engine_transformers.knobs import DTYPES
-from kvat_engine_transformers.observation import Seen
+from kvat_engine_transformers.observation import FLASH_PARTS, Seen
 
 
 def compare(seen: Seen, recipe: Recipe) -> Applied:
@@ -115,12 +115,12 @@ def _device_pairs(seen: Seen, recipe: Recipe) -> list[tuple[str, Any, Any]]:
 def _wrong_kernel(seen: Seen, recipe: Recipe) -> str | None:
     forced = actions.forced_kernel(recipe)
     # The calls of a compiled graph are not all seen one by one.
-    asked = {"sdpa": "SDPA", "xformers": "xFormers"}.get(seen.attention)
+    asked = {"sdpa": "SDPA", "xformers": "xFormers", **dict.fromkeys(FLASH_PARTS, seen.attention)}.get(seen.attention)
     if asked and seen.graphs == 0 and not seen.kernels:
         return f"kernel: {asked} was asked for, none of its kernels ran"
     if forced is not None and seen.kernels != (forced,):
         return f"kernel: the recipe forces {forced}, {' and '.join(seen.kernels) or 'none'} ran"
-    of_sdpa = [kernel for kernel in seen.kernels if kernel != "XFORMERS"]
+    of_sdpa = [kernel for kernel in seen.kernels if kernel != seen.attention.upper()]
     if seen.attention != "sdpa" and of_sdpa:
         return f"kernel: {seen.attention} calls none of SDPA, {' and '.join(of_sdpa)} ran"
     return None
