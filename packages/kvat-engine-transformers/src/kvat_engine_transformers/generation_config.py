@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from pydantic import JsonValue
 
-from kvat_core.engine import ConfigFile, Probe
+from kvat_core.engine import ConfigFile
 from kvat_core.errors import UsageError
-from kvat_core.schema import ModelRef, ModelShape, Plan, Recipe, Target
+from kvat_core.schema import ModelRef, Plan, Recipe, Target
 from kvat_engine_transformers import knobs
 from kvat_engine_transformers.recipes import recipe
 from kvat_engine_transformers.winner import winners_recipe
@@ -57,12 +57,10 @@ def config_file(plan: Plan, folder: Path) -> ConfigFile:
 
 def _plain_settings(folder: Path, winner: Mapping[str, str]) -> dict[str, str]:
     """What Transformers does by itself with a model of this directory, as far as the directory tells."""
-    any_model = ModelShape(architecture="any", layers=1, attention=("other",))
-    defaults = {knob.name: knob.default for knob in knobs.space(any_model, Probe(device="cpu", versions={}), None)}
     stored = _stored_dtype(folder)
     # Where nothing is known, another dtype than the winner's makes it one that has to be asked for.
     unknown = next(name for name in knobs.DTYPES if name != winner["dtype"])
-    return {**defaults, "dtype": stored if stored in knobs.DTYPES else unknown}
+    return {**knobs.defaults(), "dtype": stored if stored in knobs.DTYPES else unknown}
 
 
 def _stored_dtype(folder: Path) -> str | None:

@@ -47,6 +47,8 @@ PLAIN = {
 
 _ANYWHERE = Probe(device="cpu", versions={})
 """For what does not depend on the machine."""
+_ANY_MODEL = ModelShape(architecture="any", layers=1, attention=("other",))
+"""For what does not depend on the model."""
 OWN_THREADS = "own"
 """Value of `threads` that leaves torch the number it takes by itself."""
 
@@ -73,10 +75,14 @@ def space(shape: ModelShape, probe: Probe, threads: int | None) -> tuple[Knob, .
     )
 
 
+def defaults(shape: ModelShape = _ANY_MODEL) -> dict[str, str]:
+    """What Transformers does by itself with a model; of one that is not known, what it does with most."""
+    return {knob.name: knob.default for knob in space(shape, _ANYWHERE, None)}
+
+
 def reference(settings: Mapping[str, str], incumbent: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
     """The plainest way to compute the same in the same dtype, with as many threads as the incumbent."""
-    defaults = {knob.name: knob.default for knob in space(shape, _ANYWHERE, None)}
-    return {**defaults, "dtype": settings["dtype"], "threads": incumbent["threads"]}
+    return {**defaults(shape), "dtype": settings["dtype"], "threads": incumbent["threads"]}
 
 
 def in_full_precision(settings: Mapping[str, str], shape: ModelShape) -> dict[str, str]:
@@ -91,8 +97,7 @@ def require_known(settings: Mapping[str, str]) -> None:
     Raises:
         UsageError: a knob is missing, or a knob or value is none of this engine's.
     """
-    any_model = ModelShape(architecture="any", layers=1, attention=("other",))
-    known = {knob.name: knob for knob in space(any_model, Probe(device="cpu", versions={}), None)}
+    known = {knob.name: knob for knob in space(_ANY_MODEL, _ANYWHERE, None)}
     missing = next((name for name in known if name not in settings), None)
     strange = next(
         (f"{name}={one}" for name, one in settings.items() if name not in known or not _is_value(known[name], one)),
@@ -351,7 +356,7 @@ def _compile(probe: Probe) -> Knob:
 def _grad_mode() -> Knob:
     no_grad = KnobValue(name="no_grad", space="safe")
     inference_mode = KnobValue(name="inference_mode", space="default", simplicity=1)
-    # Before Transformers 5.24 the thread in which generate_batch computes has a mode of its own, since then the caller's.
+    # The thread in which generate_batch computes has a mode of its own, before Transformers 5.24; since, the caller's.
     return Knob(name="grad_mode", values=(no_grad, inference_mode), default="no_grad", when={"cache": OF_GENERATE})
 
 

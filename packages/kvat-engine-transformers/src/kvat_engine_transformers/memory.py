@@ -13,10 +13,8 @@ import psutil
 import torch
 from transformers import Cache, PreTrainedConfig
 
+from kvat_engine_transformers.caches import GROUP_SIZE, RESIDUAL_LENGTH
 from kvat_engine_transformers.description import cache_shape
-
-_QUANTO_GROUP, _QUANTO_RESIDUAL = 64, 128
-"""Group size and residual length that a quantised cache of Transformers has if nobody says otherwise."""
 
 
 def start_peaks(device: torch.device) -> None:
@@ -122,8 +120,8 @@ def _quantised_bytes(
     options = arguments.get("cache_config") or {}
     if options.get("backend") == "fp8":
         return (prompt_tokens + steps) * per_token + 2 * 4  # one byte each, and one scale for keys and for values
-    residual = steps % int(options.get("residual_length", _QUANTO_RESIDUAL))
+    residual = steps % int(options.get("residual_length", RESIDUAL_LENGTH))
     quantised = (prompt_tokens + steps - residual) * per_token
-    groups = quantised // int(options.get("q_group_size", _QUANTO_GROUP))
+    groups = quantised // int(options.get("q_group_size", GROUP_SIZE))
     scales_and_zeros = 2 * element_bytes * groups
     return quantised * int(options.get("nbits", 4)) // 8 + scales_and_zeros + residual * per_token * element_bytes
