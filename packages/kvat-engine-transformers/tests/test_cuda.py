@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from kvat_core import metrics
 from kvat_core.engine import EngineError, Probe, SpaceRequest
-from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
+from kvat_core.schema import CandidateEntry, ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
+from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersAdapter, TransformersEngine
 from kvat_engine_transformers.description import describe_model
 from kvat_engine_transformers.devices import probe_device
@@ -21,6 +23,7 @@ from kvat_engine_transformers.recipes import recipe
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # compilers and packages for cards warn of what is their own
     pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA card"),
 ]
 
@@ -30,6 +33,17 @@ SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")
 DEFAULTS = {**PLAIN, "dtype": "bfloat16", "threads": "own"}
 EXAMPLES = 4
+FULL = SpaceRequest(space="full")
+
+ANY_CARD = Probe(device="cuda:0", versions={})
+ANY_LLAMA = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="float32")
+VALUES = [
+    (knob.name, value.name)
+    for knob in TransformersEngine().space(ANY_LLAMA, ANY_CARD, FULL)
+    for value in knob.values
+    if knob.name != "threads"
+]
+"""Each value of each knob that there is on some card."""
 
 
 @cache
@@ -45,6 +59,29 @@ def exclusion(settings: dict[str, str]) -> str | None:
     values = [knobs[name].value(value) for name, value in settings.items() if name != "threads"]
     reasons = [value.unavailable for value in values if value is not None and value.unavailable]
     return reasons[0] if reasons else engine.check(settings, shape, probe)
+
+
+@cache
+def offered() -> list[CandidateEntry]:
+    """All candidates that kvat would try here."""
+    probe, shape = machine()
+    engine = TransformersEngine()
+    found = enumerate_candidates(
+        engine.space(shape, probe, FULL),
+        "full",
+        pinned={},
+        excluded=(),
+        incumbent={},
+        check=lambda settings: engine.check(settings, shape, probe),
+    )
+    return [entry for entry in found if entry.exclusion is None]
+
+
+def simplest(knob: str, value: str) -> dict[str, str] | None:
+    """The settings with this value that differ least from the defaults, in 16 bits if they can; None where none run."""
+    with_value = [entry.candidate.settings for entry in offered() if entry.candidate.settings[knob] == value]
+    changes = [(sum(DEFAULTS[name] != one[name] for name in (*PLAIN, "dtype")), one) for one in with_value]
+    return min(changes, key=lambda change: change[0])[1] if changes else None
 
 
 def prepared(settings: dict[str, str], scenario: Scenario = SCENARIO) -> tuple[TransformersAdapter, Recipe]:
@@ -79,6 +116,29 @@ def test_what_is_offered_is_applied_and_what_is_excluded_cannot_run(
     assert timeline.clock == "device"
 
 
+@pytest.mark.parametrize(("knob", "value"), VALUES)
+def test_each_value_is_applied_timed_scored_and_handed_over(knob: str, value: str) -> None:
+    settings = simplest(knob, value)
+    if settings is None:
+        pytest.skip("no candidate with it can run here")
+    adapter, made = prepared(settings)
+    applied = adapter.applied(prompt(adapter))
+    assert applied.mismatches == (), applied.values
+    for _ in range(made.warmup):
+        adapter.run_decode(prompt(adapter), SCENARIO.output_tokens)
+    timeline = adapter.run_decode(prompt(adapter), SCENARIO.output_tokens)
+    assert metrics.invalid_reason(timeline, SCENARIO) is None
+    assert timeline.compilations == 0
+    ids = adapter.token_ids(prompt(adapter))
+    chosen, tokens = adapter.score(ids, SCENARIO.output_tokens, None)
+    forced, again = adapter.score(ids, SCENARIO.output_tokens, tokens)
+    assert np.array_equal(tokens, again)
+    assert np.array_equal(chosen.argmax(-1), tokens)
+    assert np.allclose(chosen, forced, atol=0.1)
+    answers = {adapter.answer(prompt(adapter), SCENARIO.output_tokens, SCENARIO.total_tokens) for _ in range(2)}
+    assert len(answers) == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
 def test_xformers_is_applied(cache_kind: str, dtype: str) -> None:
@@ -91,7 +151,7 @@ def test_xformers_is_applied(cache_kind: str, dtype: str) -> None:
     assert applied.values["kernels"] == ["XFORMERS"]
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["auto", "default", "reduce-overhead"])
 def test_a_compiled_candidate_compiles_before_the_clock_runs(mode: str) -> None:
     adapter, made = prepared({**DEFAULTS, "cache": "static", "compile": mode})
     applied = adapter.applied(prompt(adapter))
