@@ -14,8 +14,17 @@ import torch
 
 from kvat_core import metrics
 from kvat_core.engine import EngineError
-from kvat_core.schema import PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, actions, builtin_path, live, observation, proof
+from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario
+from kvat_engine_transformers import (
+    TransformersAdapter,
+    TransformersEngine,
+    actions,
+    builtin_path,
+    live,
+    observation,
+    proof,
+)
+from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.recall import build_example, recall
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
@@ -166,6 +175,22 @@ def test_a_model_to_which_a_plan_has_been_applied_is_measured_as_before(
     (folder / "generation_config.json").write_text(json.dumps(APPLIED))
     adapter, _ = prepared(str(folder), **settings)
     assert adapter.applied(prompt(adapter)).mismatches == ()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when its compiler is imported
+def test_flex_attention_takes_a_static_cache_exactly_where_that_is_offered(prepared: Prepared) -> None:
+    engine = TransformersEngine()
+    probe, shape = engine.probe("cpu", {}), engine.describe(ModelRef(id="builtin:llama"), "cpu", {})
+    if probe.facts["compile"] is not None:
+        pytest.skip(str(probe.facts["compile"]))
+    settings = {"attention": "flex_attention", "cache": "static"}
+    adapter, made = prepared("builtin:llama", **settings)
+    if engine.check({**PLAIN, "dtype": "float32", "threads": "1", **settings}, shape, probe) is None:
+        assert adapter.applied(prompt(adapter)).mismatches == ()
+    else:
+        with pytest.raises(AttributeError, match="contiguous"), actions.entered(made):
+            adapter.model.generate(prompt(adapter), **actions.arguments(made))
 
 
 def test_a_batch_is_measured_as_one(prepared: Prepared) -> None:

@@ -9,18 +9,20 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from kvat_core import Objective, Plan, Profile, Scenario, TuneRequest, metrics, tune
 from kvat_core.engine import EngineError
 from kvat_core.journal import read_journal
 from kvat_core.schema import PromptSource, Recipe, Sample
-from kvat_engine_transformers import TransformersAdapter, builtin_path, handover
+from kvat_engine_transformers import TransformersAdapter, actions, batching, builtin_path, handover
 from kvat_engine_transformers.adapter import digest
 from kvat_engine_transformers.prompts import model_inputs, unpadded
-from kvat_engine_transformers.recipes import STEP_TOKENS
+from kvat_engine_transformers.recipes import PAGE_TOKENS, STEP_TOKENS
 
 QUICK = Profile(
     name="quick",
@@ -206,5 +208,30 @@ def test_the_gradient_mode_of_continuous_batching_is_seen_where_it_computes(
         with torch.inference_mode():
             run(self)
 
+    # Since Transformers 5.24 the caller's mode is handed on to the thread, before that the thread keeps what it has.
     monkeypatch.setattr(threading.Thread, "run", run_otherwise)
-    assert "grad mode: the recipe says no_grad, it is inference_mode" in adapter.applied(prompt).mismatches
+    with torch.inference_mode():
+        applied = adapter.applied(prompt)
+    assert "grad mode: the recipe says no_grad, it is inference_mode" in applied.mismatches
+
+
+def test_blocks_are_shared_by_equal_beginnings_which_prompts_that_are_measured_have_not(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request finds the blocks of one whose prompt is in, so here one prompt is computed at a time."""
+    found: list[int] = []
+    search = PagedAttentionCache.search_prefix_match
+
+    def search_and_note(self: PagedAttentionCache, *arguments: Any) -> int:
+        found.append(search(self, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", search_and_note)
+    scenario = Scenario(prompt_tokens=600, output_tokens=4, batch_size=2)
+    adapter, made = prepared("builtin:llama", scenario, cache="paged", block_sharing="on")
+    fields = actions.arguments(made)
+    fields["continuous_batching_config"]["max_batch_tokens"] = scenario.prompt_tokens
+    prompt = adapter.make_prompt(TEXT, scenario.prompt_lengths, 1)
+    batching.generate(adapter.model, prompt.tolist(), fields)
+    batching.generate(adapter.model, prompt[:1].repeat(2, 1).tolist(), fields)
+    assert found == [0, 0, 0, 2 * PAGE_TOKENS]
