@@ -241,7 +241,8 @@ def test_a_setting_that_did_not_run_is_caught(
 
 def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
     adapter, ran = prepared("builtin:llama")
-    seen = observation.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    options = {**actions.arguments(ran), "max_new_tokens": 3}
+    seen = observation.observe(adapter.model, prompt(adapter), ran, options, live.compiled_graphs())
     (mismatch,) = proof.compare(replace(seen, kernels=()), ran).mismatches
     assert mismatch == "kernel: SDPA was asked for, none of its kernels ran"
 
@@ -258,7 +259,8 @@ def test_sdpa_of_which_no_kernel_ran_is_caught(prepared: Prepared) -> None:
 )
 def test_weights_are_mostly_in_the_recipes_dtype(prepared: Prepared, dtypes: tuple[str, ...], wrong: bool) -> None:
     adapter, ran = prepared("builtin:llama", dtype="bfloat16")
-    seen = observation.observe(adapter.model, prompt(adapter), ran, {**actions.arguments(ran), "max_new_tokens": 3}, 0)
+    options = {**actions.arguments(ran), "max_new_tokens": 3}
+    seen = observation.observe(adapter.model, prompt(adapter), ran, options, live.compiled_graphs())
     assert seen.dtypes == ("bfloat16",)
     mismatches = proof.compare(replace(seen, dtypes=dtypes), ran).mismatches
     assert any(mismatch.startswith("weights: the recipe says bfloat16") for mismatch in mismatches) == wrong

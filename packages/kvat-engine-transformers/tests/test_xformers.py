@@ -23,6 +23,7 @@ from kvat_engine_transformers import (
     TransformersEngine,
     actions,
     builtin_path,
+    live,
     load_plan,
     observation,
     proof,
@@ -174,7 +175,7 @@ def test_it_is_applied_and_proven(prepared: Prepared, model_id: str, cache: str)
 def test_another_kernel_is_caught(prepared: Prepared, kernels: tuple[str, ...], mismatch: str) -> None:
     adapter, ran = prepared("builtin:llama", attention="xformers")
     options = {**actions.arguments(ran), "max_new_tokens": 3}
-    seen = observation.observe(adapter.model, adapter.make_prompt(TEXT, (48,), 1), ran, options, 0)
+    seen = observation.observe(adapter.model, adapter.make_prompt(TEXT, (48,), 1), ran, options, live.compiled_graphs())
     assert proof.compare(replace(seen, kernels=kernels), ran).mismatches == (mismatch,)
 
 
