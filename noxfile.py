@@ -58,8 +58,8 @@ def find_python(version: str) -> Path | None:
 
 
 FOUND = {version: python for version in supported_pythons() if (python := find_python(version))}
-ENDS = [version for version in FOUND if version in (supported_pythons()[0], TORCH_PYTHON, supported_pythons()[-1])]
-"""Pythons of every test run; what works on both ends works between them, which `nox -s full` checks."""
+ALWAYS = [version for version in FOUND if version in (supported_pythons()[0], TORCH_PYTHON)]
+"""Pythons of every test run: the oldest, which refuses most, and the one with torch; `nox -s full` has the others."""
 os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *(str(python.parent) for python in FOUND.values())])
 
 
@@ -321,10 +321,10 @@ def test(session: nox.Session) -> None:
     """Run everything that CI does."""
     for version in supported_pythons():
         left_out = "left to nox -s full" if version in FOUND else "not found, left out"
-        session.log(f"Python {version}: {FOUND[version] if version in ENDS else left_out}")
+        session.log(f"Python {version}: {FOUND[version] if version in ALWAYS else left_out}")
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)  # nox's own closing lines come before it
-    for name in ("lint", "layers", "build", *on(*ENDS)[0], "types", *on(*ENDS)[1], "example", "wheels"):
+    for name in ("lint", "layers", "build", *on(*ALWAYS)[0], "types", *on(*ALWAYS)[1], "example", "wheels"):
         session.notify(name)
 
 
@@ -333,7 +333,7 @@ def full(session: nox.Session) -> None:
     """Run what takes longer than CI should."""
     shutil.rmtree(RESULTS, ignore_errors=True)
     atexit.register(print_results)
-    environments, tests = on(*(python for python in FOUND if python not in ENDS))
+    environments, tests = on(*(python for python in FOUND if python not in ALWAYS))
     for name in (f"environment-{TORCH_PYTHON}", *environments, *tests, "minimums", "newest", "bench"):
         session.notify(name)
 
