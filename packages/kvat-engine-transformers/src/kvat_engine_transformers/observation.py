@@ -155,14 +155,7 @@ def observe(
         attention=str(model.config._attn_implementation),
         kernels=kernels_of((event.key for event in profiler.key_averages()), model.config._attn_implementation),
         grad_mode=witness.grad_mode,
-        dtypes=live.dtypes_by_bytes(model),
-        packed_by=packed_by(model),
-        devices=live.names_of(parameter.device for parameter in model.parameters()),
-        spread=live.spread(model),
-        strays=live.strays(model),
-        threads=torch.get_num_threads(),
-        compile=live.compile_mode(model),
-        graphs=live.compiled_graphs() - graphs_before,
+        **_of_the_model(model, graphs_before),
     )
 
 
@@ -189,15 +182,22 @@ def _observe_batch(
         attention=watch.pool.attention,
         kernels=kernels_of((event.key for event in profiler.key_averages()), watch.pool.attention),
         grad_mode=" and ".join(sorted(modes)) or "unknown",
-        dtypes=live.dtypes_by_bytes(model),
-        packed_by=packed_by(model),
-        devices=live.names_of(parameter.device for parameter in model.parameters()),
-        spread=live.spread(model),
-        strays=live.strays(model),
-        threads=torch.get_num_threads(),
-        compile=live.compile_mode(model),
-        graphs=live.compiled_graphs() - graphs_before,
+        **_of_the_model(model, graphs_before),
     )
+
+
+def _of_the_model(model: PreTrainedModel, graphs_before: int) -> dict[str, Any]:
+    """What is read back alike whoever keeps the keys and values; fields of `Seen` of the same names."""
+    return {
+        "dtypes": live.dtypes_by_bytes(model),
+        "packed_by": packed_by(model),
+        "devices": live.names_of(parameter.device for parameter in model.parameters()),
+        "spread": live.spread(model),
+        "strays": live.strays(model),
+        "threads": torch.get_num_threads(),
+        "compile": live.compile_mode(model),
+        "graphs": live.compiled_graphs() - graphs_before,
+    }
 
 
 @contextmanager
