@@ -94,6 +94,23 @@ def test_a_directory_has_to_be_there(plan: Plan, tmp_path: Path) -> None:
         config_change(plan, tmp_path / "none")
 
 
+NO_NAME = "x" * 5000
+"""Longer than any system takes."""
+
+
+def test_what_can_be_the_name_of_no_directory_is_none(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name the directory of a model"):
+        config_change(plan, tmp_path / NO_NAME)
+
+
+def test_a_file_that_cannot_be_looked_at_is_no_new_one(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "file", Engine.file.model_copy(update={"name": NO_NAME}))
+    with pytest.raises(UsageError, match=r"^cannot read .*; mend that or move it away$"):
+        config_change(plan, tmp_path)
+
+
 def test_a_strange_name_is_refused(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "file", Engine.file.model_copy(update={"name": "../defaults.json"}))
     with pytest.raises(UsageError, match=r"names a file '\.\./defaults\.json', which is no plain name"):

@@ -45,12 +45,12 @@ def config_change(plan: Plan, folder: Path) -> ConfigChange:
 
     Raises:
         NothingFeasible: the plan has no winner.
-        UsageError: no such directory, the file there cannot be read or is no JSON object, or the plan's engine is not
-            installed, reads no such file, cannot express the winner in one, or names a file that is no plain name.
+        UsageError: no such directory, it or the file there cannot be read, that is no JSON object, or the plan's engine
+            is not installed, reads no such file, cannot express the winner in one, or names a file that is no plain
+            name.
     """
     plan.require_winner()
-    if not folder.is_dir():
-        raise UsageError(f"there is no directory {folder}; name the directory of a model")
+    _require_directory(folder)
     file = discovery.load_engine(plan.engine.name).config_file(plan, folder)
     if file is None:
         raise UsageError(f"engine {plan.engine.name} reads no file of defaults; apply its plan as code")
@@ -68,11 +68,20 @@ def config_change(plan: Plan, folder: Path) -> ConfigChange:
     )
 
 
+def _require_directory(folder: Path) -> None:
+    try:
+        found = folder.is_dir()
+    except OSError as error:  # no name that a directory can have, or one that may not be looked at
+        raise UsageError(f"cannot look for {folder}: {error.strerror}; name the directory of a model") from error
+    if not found:
+        raise UsageError(f"there is no directory {folder}; name the directory of a model")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; mend that or move it away") from error
     except (ValueError, RecursionError) as error:
