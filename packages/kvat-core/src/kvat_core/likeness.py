@@ -5,6 +5,7 @@ All arrays are float32 or wider: requests × steps × vocabulary for log-probabi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ Tokens = NDArray[np.int64]
 
 CLEAR = 4.0
 """A first choice is clear if it is preferred by more than so many times the rounding."""
+_LEAST = float(np.log(np.finfo(np.float32).tiny))
+"""What a less probable token counts as, so that the divergence of an impossible one is finite: log of the least normal
+float32."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ def compare(reference: Floats, candidate: Floats, noise: Rounding | None) -> Lik
     )
 
 
-def _steps(logprobs: Floats) -> Floats:
-    return logprobs.reshape(-1, logprobs.shape[-1])
+def _steps(logprobs: Floats) -> Iterator[Floats]:
+    """Step by step, as what is kept in a file need not fit into memory."""
+    for step in logprobs.reshape(-1, logprobs.shape[-1]):
+        yield np.maximum(step, _LEAST)
 
 
 def _first_two(logprobs: Floats) -> tuple[int, int]:
@@ -115,6 +121,4 @@ def _kl(reference: Floats, candidate: Floats) -> float:
     """KL(reference ‖ candidate) in nats; rounding may make a tiny one negative."""
     log_p = np.asarray(reference, np.float64)
     log_q = np.asarray(candidate, np.float64)
-    p = np.exp(log_p)
-    some = p > 0
-    return max(0.0, float(np.sum(p[some] * (log_p[some] - log_q[some]))))
+    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
