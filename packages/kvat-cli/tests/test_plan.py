@@ -98,8 +98,8 @@ def test_what_is_known_of_the_winner_s_output_is_a_line(kvat: Run, trained: Path
         line for line in kvat("plan", "--journal", trained / "journal.jsonl").out.splitlines() if "Output:" in line
     )
     assert re.fullmatch(
-        r"Output: exact \(over 320 forced tokens, KL \S+ nats, first choices agree in 100\.0 %\); "
-        r"requests leave nothing behind for the next\.",
+        r"Output: exact \(over 256 forced tokens of text, KL \S+ nats, first choices agree in 100\.0 %\); "
+        r"what earlier requests said changes no answer\.",
         line,
     )
     assert "Output:" not in kvat("plan", "--journal", tuned / "journal.jsonl").out

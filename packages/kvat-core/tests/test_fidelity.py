@@ -87,7 +87,7 @@ def test_the_winner_is_judged_and_gets_its_canary(tmp_path: Path, in_process_wor
     winner = plan.candidate(plan.require_winner().id)
     assert winner.settings["cache"] == "static"
     assert winner.fidelity.verdict == "exact"
-    assert winner.fidelity.tokens == 256 + 64
+    assert winner.fidelity.tokens == 256
     assert plan.canary == "clean"
     purposes = [order.purpose for order in events(tmp_path / "out").launches]
     assert purposes.count("canary") == 1

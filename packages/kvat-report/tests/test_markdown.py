@@ -43,7 +43,7 @@ def test_golden_report_of_a_tie_without_optional_parts(make_plan: Callable[..., 
 def test_golden_report_of_what_was_found_of_the_output(make_plan: Callable[..., Plan]) -> None:
     known = {one.id: one.model_dump() | {"aliases": [], "scenarios": []} for one in make_plan().candidates}
     today = known["aaaaaaaaaa"] | {"fidelity": {"verdict": "exact"}}
-    figures = {"top1_agreement": 0.9938, "first_divergence": 41, "tokens": 640}
+    figures = {"top1_agreement": 0.9938, "first_divergence": 41, "tokens": 512}
     close = {"lossy": True, "verdict": "close", "kl_nats": 0.00423, **figures, "full_precision_kl_nats": 0.0011}
     lossy = {"lossy": True, "verdict": "lossy", "kl_nats": 0.251, **figures, "top1_agreement": 0.874}
     reason = "loses fidelity: KL 0.25 nats of at most 0.01, first choices agree in 87.4% of at least 99%"
@@ -68,7 +68,7 @@ def test_sections_follow_the_reader_s_questions(make_plan: Callable[..., Plan]) 
     ]  # fmt: skip
 
 
-def test_ranking_is_by_state_then_score(make_plan: Callable[..., Plan]) -> None:
+def test_ranking_is_by_state_then_score_without_what_was_excluded(make_plan: Callable[..., Plan]) -> None:
     report = MarkdownReport().render(make_plan())
     section = report.split("## Ranking")[1].split("## ")[0]
     rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
@@ -80,8 +80,23 @@ def test_ranking_is_by_state_then_score(make_plan: Callable[..., Plan]) -> None:
         ("dynamic, sdpa (runs today)", "ok"),
         ("dynamic, eager", "not_reached"),
         ("static, sdpa, compiled", "failed"),
-        ("quantized, sdpa", "excluded"),
     ]
+
+
+def test_many_that_are_excluded_for_one_reason_are_one_row(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    (excluded,) = (one for one in plan.candidates if one.state == "excluded")
+    more = [excluded.model_copy(update={"id": f"{number:010}", "label": f"more {number}"}) for number in range(40)]
+    other = excluded.model_copy(update={"id": "f" * 10, "label": "other", "reason": "was excluded by request"})
+    report = MarkdownReport().render(plan.model_copy(update={"candidates": (*plan.candidates, *more, other)}))
+
+    section = report.split("## Excluded and not eligible")[1].split("## ")[0]
+    rows = [line for line in section.splitlines() if "| excluded |" in line]
+    assert rows == [
+        "| more 0; more 1; more 10 and 38 more | excluded | optimum-quanto is not installed |",
+        "| other | excluded | was excluded by request |",
+    ]
+    assert "more 1" not in report.replace(section, "")
 
 
 def test_hostile_strings_change_no_structure(make_plan: Callable[..., Plan]) -> None:
@@ -173,10 +188,11 @@ def test_limits_have_a_table_only_where_there_are_some(make_plan: Callable[..., 
         name="max_ttft_s", limit=0.3, percentile=95, scenario="8+3x1", observed=0.4, verdict="fail", missed_by=0.33,
         reason="misses TTFT p95 ≤ 300 ms by 33 %",
     )  # fmt: skip
-    first = plan.candidates[0].model_copy(update={"limits": (judged,)})
-    report = MarkdownReport().render(plan.model_copy(update={"candidates": (first, *plan.candidates[1:])}))
+    winner = plan.candidate(plan.require_winner().id).model_copy(update={"limits": (judged,)})
+    candidates = tuple(winner if one.id == winner.id else one for one in plan.candidates)
+    report = MarkdownReport().render(plan.model_copy(update={"candidates": candidates}))
     section = report.split("## Limits")[1].split("## ")[0]
-    assert f"| {first.label} | fail | misses TTFT p95 ≤ 300 ms by 33 % |" in section
+    assert f"| {winner.label} | fail | misses TTFT p95 ≤ 300 ms by 33 % |" in section
     assert report.index("## Ranking") < report.index("## Limits") < report.index("## Failures")
 
 

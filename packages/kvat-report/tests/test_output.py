@@ -4,14 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from kvat_core.schema import FidelityResult, Plan
 from kvat_report import output
 
 MakePlan = Callable[..., Plan]
 
-FIGURES: dict[str, Any] = {"kl_nats": 0.00423, "top1_agreement": 0.9938, "tokens": 640}
-IN_WORDS = "(over 640 forced tokens, KL 0.0042 nats, first choices agree in 99.3 %)"
+FIGURES: dict[str, Any] = {"kl_nats": 0.00423, "top1_agreement": 0.9938, "tokens": 512}
+IN_WORDS = "(over 512 forced tokens of text, KL 0.0042 nats, first choices agree in 99.3 %)"
 
 
 @pytest.fixture
@@ -52,13 +53,18 @@ def test_the_reference_itself_has_no_figures(of_winner: Callable[..., Plan]) -> 
 @pytest.mark.parametrize(
     ("canary", "words"),
     [
-        ("clean", "requests leave nothing behind for the next"),
-        ("undetermined", "whether requests leave anything behind could not be told"),
+        ("clean", "what earlier requests said changes no answer"),
+        ("undetermined", "whether what earlier requests said changes an answer could not be told"),
     ],
 )
 def test_the_canary_is_told_after_the_verdict_or_alone(of_winner: Callable[..., Plan], canary: str, words: str) -> None:
     assert output(of_winner(canary)) == words
     assert output(of_winner(canary, verdict="close", **FIGURES)) == f"close {IN_WORDS}; {words}"
+
+
+def test_no_plan_says_of_its_winner_that_it_leaks(make_plan: MakePlan) -> None:
+    with pytest.raises(ValidationError, match="canary"):
+        make_plan(canary="leak")
 
 
 def test_without_a_winner_there_is_nothing_to_tell(make_plan: MakePlan) -> None:

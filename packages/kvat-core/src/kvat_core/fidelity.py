@@ -162,7 +162,7 @@ def result(run: Run, candidate_id: str) -> FidelityResult:
             "kl_nats": seen.text.kl_nats,
             "top1_agreement": seen.text.top1_agreement,
             "first_divergence": seen.greedy.first_divergence,
-            "tokens": seen.text.steps + seen.greedy.steps,
+            "tokens": seen.text.steps,
             "full_precision_kl_nats": None if seen.full_precision is None else seen.full_precision.kl_nats,
             "reason": seen.lacks and f"not held against full precision: {seen.lacks}",
         }

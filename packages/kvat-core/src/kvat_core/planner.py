@@ -104,7 +104,7 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         equivalents=chosen.equivalents,
         max_context=None if chosen.winner is None else context.known(run, chosen.winner),
         metrics=None if chosen.winner is None else _winner_metrics(run, chosen.winner),
-        canary=None if chosen.winner is None else fidelity.canary(run, chosen.winner),
+        canary=None if chosen.winner is None else _canary(run, chosen.winner),
         drift=drift(run),
         pareto=() if decision is None else _front(run, decision.winner, results),
         rules=() if decision is None else derive_rules(run, decision, results),
@@ -112,6 +112,12 @@ def make_plan(run: Run, journal: JournalRef) -> Plan:
         candidates=results,
         journal=journal,
     )
+
+
+def _canary(run: Run, winner: str) -> Literal["clean", "undetermined"] | None:
+    found = fidelity.canary(run, winner)
+    assert found != "leak", "a leak is a failure, and what has failed is no winner"
+    return found
 
 
 def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvat_report import numbers
 from kvat_report.decision import decision
+from kvat_report.labels import some_of
 from kvat_report.output import output
 from kvat_report.text import Markdown, escape
 
@@ -93,7 +94,7 @@ def _winner_bandwidth(plan: Plan) -> list[ScenarioResult]:
 
 def _context(plan: Plan) -> dict[str, Any]:
     labels = {candidate.id: candidate.label for candidate in plan.candidates}
-    ranking = sorted(plan.candidates, key=_rank)
+    ranking = sorted((one for one in plan.candidates if one.state != "excluded"), key=_rank)
     return {
         "plan": plan,
         "decision": Markdown(decision(plan, escape)),
@@ -109,6 +110,7 @@ def _context(plan: Plan) -> dict[str, Any]:
         "judged": [(candidate, limit) for candidate in ranking for limit in candidate.limits],
         "faithful": [candidate for candidate in ranking if candidate.fidelity.kl_nats is not None],
         "output": output(plan),
+        "out": _out(plan),
         "unstable": [candidate for candidate in plan.candidates if candidate.unstable],
         "compiled": [(candidate, result) for candidate, result in _measured(plan) if result.compile_cost is not None],
         "new_length": _new_length,
@@ -122,6 +124,15 @@ def _context(plan: Plan) -> dict[str, Any]:
 def _rank(candidate: CandidateResult) -> tuple[int, float, str]:
     score = candidate.score.value if candidate.score else 0.0
     return _STATES.index(candidate.state), -score, candidate.label
+
+
+def _out(plan: Plan) -> list[tuple[str, str, str]]:
+    """State, reason and candidates of all that cannot win, those of one reason together."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    for one in sorted(plan.candidates, key=_rank):
+        if one.reason:
+            labels.setdefault((one.state, one.reason), []).append(one.label)
+    return [(state, reason, some_of(those)) for (state, reason), those in labels.items()]
 
 
 def _roles(plan: Plan) -> dict[str, str]:

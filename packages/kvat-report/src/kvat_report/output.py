@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from kvat_core.schema import FidelityResult, Plan
 
 _CANARY = {
-    "clean": "requests leave nothing behind for the next",
-    "undetermined": "whether requests leave anything behind could not be told",
-    "leak": "requests leave something behind for the next",
+    "clean": "what earlier requests said changes no answer",
+    "undetermined": "whether what earlier requests said changes an answer could not be told",
 }
 
 
@@ -29,6 +28,6 @@ def _fidelity(seen: FidelityResult) -> str | None:
         return None
     if seen.kl_nats is None or seen.top1_agreement is None:
         return "exact, as it computes what others are held against" if seen.verdict == "exact" else None
-    of = f"over {seen.tokens} forced tokens, KL {numbers.nats(seen.kl_nats)} nats, first choices agree in "
+    of = f"over {seen.tokens} forced tokens of text, KL {numbers.nats(seen.kl_nats)} nats, first choices agree in "
     words = {"not_meaningful": "not meaningful, as the weights are random"}
     return f"{words.get(seen.verdict, seen.verdict)} ({of}{numbers.agreement(seen.top1_agreement)})"

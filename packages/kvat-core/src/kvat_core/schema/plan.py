@@ -13,7 +13,7 @@ from typing_extensions import Self
 from kvat_core.errors import NotDecided, NothingFeasible, UsageError
 from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.fallback import Rule, Situation, needed_bytes
-from kvat_core.schema.fidelity import CanaryVerdict, FidelityVerdict
+from kvat_core.schema.fidelity import FidelityVerdict
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Failure
 from kvat_core.schema.workload import Profile, Scenario
@@ -143,12 +143,14 @@ class FidelityResult(Record):
 
     lossy: bool = Field(default=False, description="whether it may lose output that what runs today does not")
     verdict: FidelityVerdict | None = Field(default=None, description="null = not judged")
-    kl_nats: float | None = Field(default=None, description="mean KL(reference ‖ candidate) on the same tokens")
-    top1_agreement: float | None = Field(default=None, description="share of tokens with the same first choice")
+    kl_nats: float | None = Field(default=None, description="mean KL(reference ‖ candidate) with the same text forced")
+    top1_agreement: float | None = Field(default=None, description="share of its tokens with the same first choice")
     first_divergence: int | None = Field(
         default=None, description="first token, from 0, of the reference's own choice that is another; null = none"
     )
-    tokens: int | None = Field(default=None, description="that were forced, one after the other")
+    tokens: int | None = Field(
+        default=None, description="of the text, of all requests: those that kl_nats and top1_agreement are of"
+    )
     full_precision_kl_nats: float | None = Field(
         default=None, description="of its reference against full precision; null where it is that, or unknown"
     )
@@ -328,10 +330,10 @@ class Plan(Record):
         default=None, description="of the winner; null: neither measured nor predicted"
     )
     metrics: WinnerMetrics | None = Field(description="null without a winner")
-    canary: CanaryVerdict | None = Field(
+    canary: Literal["clean", "undetermined"] | None = Field(
         default=None,
-        description="of the winner: whether a request is answered alike whatever this process answered before; null = "
-        "nobody looked",
+        description="of the winner: clean, what earlier requests of its process said changes no answer, though their "
+        "lengths may; undetermined, that could not be told; null = nobody looked",
     )
     drift: Drift | None = Field(default=None, description="null: what runs today had too few launches to tell")
     pareto: tuple[str, ...] = Field(
