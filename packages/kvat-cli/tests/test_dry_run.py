@@ -97,6 +97,25 @@ def test_limits_are_shown_in_words(kvat: Run, out: Path) -> None:
     assert limits.splitlines()[:3] == ["  host memory ≤ 6144 MiB", "  TTFT p95 ≤ 300 ms", "  context ≥ 100 tokens"]
 
 
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        (("--max-kl", "0.05"), "KL from the reference ≤ 0.05 nats"),
+        (("--allow-lossy",), "what loses output is recommended, however much it loses, unless it is broken"),
+        (
+            ("--max-kl", "0.05", "--allow-lossy"),
+            "what loses output is recommended, however much it loses, unless it is broken",
+        ),
+    ],
+)
+def test_what_may_be_lost_is_among_the_limits_in_force(
+    kvat: Run, out: Path, words: tuple[str, ...], limit: str
+) -> None:
+    _, _, limits = kvat(*FAKE, *words, "--out", out).out.partition("\nLimits:\n")
+
+    assert limits.partition("\n\n")[0] == f"  {limit}"
+
+
 def test_bounds_are_those_of_the_largest_scenario(
     kvat: Run, found: DryRun, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

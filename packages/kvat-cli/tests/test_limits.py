@@ -56,6 +56,7 @@ def asked(kvat: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TuneReque
         ("--min-context 32768", Limits(min_context_tokens=32768)),
         ("--max-kl 0.05", Limits(max_kl_nats=0.05)),
         ("--allow-lossy", Limits(allow_lossy=True)),
+        ("--no-allow-lossy", Limits(allow_lossy=False)),
     ],
 )
 def test_limits_become_the_request(asked: Callable[..., TuneRequest], words: str, limits: Limits) -> None:

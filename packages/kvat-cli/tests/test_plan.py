@@ -93,6 +93,19 @@ def test_what_may_be_lost_can_be_decided_afterwards(kvat: Run, trained: Path) ->
     assert eligible("--allow-lossy") == {"close", "lossy"}
 
 
+def test_what_a_run_allowed_to_be_lost_can_be_forbidden_afterwards(kvat: Run, tmp_path: Path) -> None:
+    words = ("--engine", "fake", "--model", "fake:trained", "--space", "full", "--exclude", "graph=on")
+    assert kvat("tune", *words, "--allow-lossy", "--quiet", "--out", tmp_path / "run").code == 0
+
+    def eligible(*words: str) -> set[str | None]:
+        outcome = kvat("plan", "--journal", tmp_path / "run" / "journal.jsonl", "--json", *words)
+        found = Plan.model_validate_json(outcome.out).candidates
+        return {one.fidelity.verdict for one in found if one.fidelity.lossy and one.eligible}
+
+    assert "lossy" in eligible()
+    assert eligible("--no-allow-lossy") == {"close"}
+
+
 def test_what_is_known_of_the_winner_s_output_is_a_line(kvat: Run, trained: Path, tuned: Path) -> None:
     (line,) = (
         line for line in kvat("plan", "--journal", trained / "journal.jsonl").out.splitlines() if "Output:" in line

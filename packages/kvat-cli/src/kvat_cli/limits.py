@@ -26,7 +26,7 @@ def limits(
     min_decode_tps: str | None,
     min_context: int | None,
     max_kl: float | None,
-    allow_lossy: bool,
+    allow_lossy: bool | None,
 ) -> Limits:
     """The limits that were given; the others are left to the profile.
 
@@ -41,7 +41,7 @@ def limits(
         min_decode_tps=_limit("--min-decode-tps", min_decode_tps, _RATE, "tokens per second, e.g. 20 or p95:20"),
         min_context_tokens=min_context,
         max_kl_nats=None if max_kl is None else _kl_nats(max_kl),
-        allow_lossy=allow_lossy or None,
+        allow_lossy=allow_lossy,
     )
 
 

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 
 from kvat_cli.columns import columns
 from kvat_core.bounds import CONTEXT, PEAKS, TIMED
-from kvat_core.preview import Exclusion
 from kvat_core.schema import SPACES, Limit
 from kvat_core.space import SAME_RECIPE
 from kvat_report import numbers
+from kvat_report.labels import some_of
 
 if TYPE_CHECKING:
     from kvat_core.preview import DryRun, Prospect
     from kvat_core.schema import Knob, Limits, Scenario, Space
 
-_NAMED = 3
-"""Candidates of an exclusion that are named; more are counted."""
 _HEADINGS = ("candidate", "load", "peak without libraries", "TTFT at least", "decode at most")
 
 
@@ -77,15 +75,9 @@ def _exclusions(found: DryRun) -> Iterator[tuple[str, str]]:
     same = [one for one in others if one.reason.startswith(SAME_RECIPE)]
     for one in others:
         if one not in same:
-            yield _names(one), one.reason
+            yield some_of(one.labels), one.reason
     if same:
-        labels = tuple(label for one in same for label in one.labels)
-        yield _names(Exclusion(reason="", labels=labels)), "would be done exactly as another candidate"
-
-
-def _names(excluded: Exclusion) -> str:
-    more = len(excluded.labels) - _NAMED
-    return "; ".join(excluded.labels[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        yield some_of([label for one in same for label in one.labels]), "would be done exactly as another candidate"
 
 
 def _conditions(limits: Limits) -> Iterator[str]:
@@ -95,6 +87,10 @@ def _conditions(limits: Limits) -> Iterator[str]:
             yield bound.condition(limit.value, limit.percentile)
         elif limit is not None:
             yield bound.condition(limit, None)
+    if limits.allow_lossy:
+        yield "what loses output is recommended, however much it loses, unless it is broken"
+    elif limits.max_kl_nats is not None:
+        yield f"KL from the reference ≤ {limits.max_kl_nats:g} nats"
 
 
 def _effort(found: DryRun) -> Iterator[str]:

@@ -20,6 +20,10 @@ MaxKl = Annotated[
     ),
 ]
 AllowLossy = Annotated[
-    bool, typer.Option("--allow-lossy", help="Recommend what loses output, however much, unless it is broken.")
+    bool | None,
+    typer.Option(
+        "--allow-lossy/--no-allow-lossy",
+        help="Recommend what loses output, however much, unless it is broken; default: the profile's, else not.",
+    ),
 ]
 MinContext = Annotated[int | None, typer.Option(metavar="N", min=1, help="Least tokens of prompt and output together.")]

@@ -22,7 +22,7 @@ def plan(
     min_decode_tps: MinDecodeTps = None,
     min_context: MinContext = None,
     max_kl: MaxKl = None,
-    allow_lossy: AllowLossy = False,
+    allow_lossy: AllowLossy = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan to a new file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
 ) -> None:

@@ -51,7 +51,7 @@ def tune(
     min_decode_tps: MinDecodeTps = None,
     min_context: MinContext = None,
     max_kl: MaxKl = None,
-    allow_lossy: AllowLossy = False,
+    allow_lossy: AllowLossy = None,
     max_context: Annotated[
         str,
         typer.Option(
