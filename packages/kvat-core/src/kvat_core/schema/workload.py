@@ -132,7 +132,7 @@ class Limits(Record):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="mean KL divergence from the reference, of what may change the output; null = 0.01",
+        description="mean KL divergence from the reference; null = 0.01",
     )
     allow_lossy: bool | None = Field(
         default=None, description="whether whatever it loses a candidate may be recommended; null = no"
