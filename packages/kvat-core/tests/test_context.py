@@ -460,7 +460,7 @@ def test_a_trial_that_the_time_does_not_allow_is_not_made(make_run: MakeRun) -> 
     run = make_run(SLOW, shape=SHAPE, longest_context=bound, unreadable=["today"])
 
     def ordered(wall_s: float) -> LaunchOrder | None:
-        return Rationed(Vetted(Grid(keys_of(run), 0)), keys_of(run), Allowance(wall_s=wall_s)).next(run)
+        return Rationed(Vetted(Grid(keys_of(run), 0), lambda _: ()), keys_of(run), Allowance(wall_s=wall_s)).next(run)
 
     assert ordered(33.9) is None
     order = ordered(34.1)

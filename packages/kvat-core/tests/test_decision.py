@@ -18,6 +18,7 @@ from kvat_core.schema import (
     Failed,
     Failure,
     LaunchOrder,
+    Limits,
     Measured,
     Objective,
     Profile,
@@ -241,6 +242,17 @@ def test_less_memory_breaks_a_tie_only_where_memory_binds(make_run: MakeRun) -> 
     assert plenty is not None
     assert scarce is not None
     assert (plenty.winner, scarce.winner) == ("a", "b")
+
+
+def test_of_equals_one_that_may_lose_output_is_taken_last(make_run: MakeRun) -> None:
+    paces = {"today": [1.0, 1.01, 0.99], "a": [0.5, 0.505, 0.495], "b": [0.5, 0.505, 0.495]}
+    profile = BY_MEMORY.model_copy(
+        update={"objective": Objective(ttft=1, decode=1), "limits": Limits(allow_lossy=True)}
+    )
+    peaks = {"today": 800, "a": 900, "b": 600}
+    decision = decide(make_run(paces, peaks=peaks, lossy=["b"], profile=profile))
+    assert decision is not None
+    assert (decision.winner, decision.equivalents) == ("a", ("b",))
 
 
 def test_candidates_that_never_met_are_compared_through_what_runs_today(make_run: MakeRun) -> None:

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from kvat_core import Profile, TuneRequest, decide_again, likeness, tune
 from kvat_core.costs import spent_launches
+from kvat_core.engine import EngineError
 from kvat_core.errors import AllFailed
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import read_journal
@@ -291,3 +292,179 @@ def test_an_answer_that_depends_on_lengths_alone_is_no_leak(
     assert plan.canary == "clean"
     (found,) = events(tmp_path / "out").looked_for_leaks
     assert "depends on the lengths" in found.reason
+    assert any("depends on the lengths" in note for note in plan.notes)
+
+
+def test_what_is_left_of_the_text_of_a_request_is_a_leak(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> str:
+        left, self._latest = self._latest, prompt.texts[0].split()[-1]
+        return f"{prompt.nonce} {left}"
+
+    monkeypatch.setattr(fake._InProcessAdapter, "answer", answer)
+    with pytest.raises(AllFailed, match="leak"):
+        tuned(tmp_path / "out", in_process_worker, model="fake:trained")
+
+
+def test_who_runs_the_very_same_thing_leaks_as_well(tmp_path: Path, in_process_worker: type) -> None:
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:leak").plan
+    leaking = [one.label for one in plan.candidates if one.failure is not None]
+    assert len(leaking) > 1
+    found = [one.verdict for one in events(tmp_path / "out").looked_for_leaks]
+    assert found.count("leak") == 1
+
+
+def test_who_would_stand_in_for_the_winner_is_judged_as_well(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    request = {
+        "space": "full",
+        "incumbent": {"cache": "offloaded", "kernel": "eager"},
+        "excluded": (("cache", "dynamic"), ("cache", "quantized")),
+    }
+    sound = tuned(tmp_path / "sound", in_process_worker, model="fake:trained", **request).plan
+    (rule,) = [rule for rule in sound.rules if rule.when.feature_missing == "cache=static"]
+    stand_in = sound.candidate(rule.use)
+    assert stand_in.fidelity.verdict == "exact"
+    forgetful = ("offloaded", "auto"), ("offloaded", "flash")
+    monkeypatch.setattr(
+        fake._InProcessAdapter,
+        "_is_best",
+        lambda self: (self._running["cache"], self._running["kernel"]) in forgetful,
+    )
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:wrong-output", **request).plan
+    assert plan.winner == sound.winner
+    assert (failure := plan.candidate(stand_in.id).failure) is not None
+    assert failure.kind == "wrong_output"
+    assert stand_in.id not in [rule.use for rule in plan.rules]
+
+
+# Precision ----------------------------------------------------------------------------------------
+
+
+FULL = {"cache": "dynamic", "kernel": "auto", "graph": "off"}
+
+
+@pytest.fixture
+def precise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines whose quantised caches are references of their own, as less precise dtypes are."""
+
+    def reference(self: Any, settings: Any, incumbent: Any, shape: Any) -> dict[str, str]:
+        return {**FULL, "cache": "quantized"} if settings["cache"] == "quantized" else FULL
+
+    monkeypatch.setattr(FakeEngine, "reference", reference)
+    monkeypatch.setattr(FakeEngine, "in_full_precision", lambda self, settings, shape: FULL)
+
+
+def quantised(run: Run) -> list[str]:
+    return [name for name in run.fidelity if run.entry(name).candidate.settings["cache"] == "quantized"]
+
+
+@pytest.mark.usefixtures("precise")
+def test_no_precision_passes_without_a_look_at_full_precision(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    sound, troubles = fake._InProcessAdapter.score, iter([True])
+
+    def score(self: Any, *arguments: Any) -> Any:
+        if self._running["cache"] == "dynamic" and self._running["kernel"] == "auto" and next(troubles, False):
+            raise RuntimeError("a passing trouble")
+        return sound(self, *arguments)
+
+    monkeypatch.setattr(fake._InProcessAdapter, "score", score)
+    tuned(tmp_path / "out", in_process_worker, model="fake:trained", space="full", seed=1)
+    run = events(tmp_path / "out")
+    assert len(quantised(run)) > 1
+    assert all(run.fidelity[name].full_precision is not None for name in quantised(run))
+
+
+@pytest.mark.usefixtures("precise")
+def test_nothing_is_exact_that_could_not_be_held_against_full_precision(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = {**FULL, "kernel": "nowhere"}
+    sound = FakeEngine.check
+    monkeypatch.setattr(FakeEngine, "in_full_precision", lambda self, settings, shape: missing)
+    monkeypatch.setattr(
+        FakeEngine,
+        "check",
+        lambda self, settings, *seen: "too large" if settings == missing else sound(self, settings, *seen),
+    )
+    limits = Limits(allow_lossy=True)
+    tuned(tmp_path / "out", in_process_worker, model="fake:trained", space="full")
+    plan = decide_again(tmp_path / "out" / "journal.jsonl", None, limits)
+    verdicts = {plan.candidate(name).fidelity.verdict for name in quantised(events(tmp_path / "out"))}
+    assert verdicts
+    assert "exact" not in verdicts
+    strict = decide_again(tmp_path / "out" / "journal.jsonl", None, None)
+    assert not any(one.eligible for one in strict.candidates if one.settings["cache"] == "quantized")
+
+
+@pytest.fixture
+def careless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines in which the faster kernels lose much of a quantised cache, and eager nearly nothing."""
+    from kvat_core import fake
+
+    sound = fake._InProcessAdapter._predict
+
+    def predict(self: Any, tokens: Any, prompt_tokens: int) -> Any:
+        running = self._running
+        self._running = {**running, "kernel": "auto" if running["kernel"] == "eager" else "eager"}
+        found = sound(self, tokens, prompt_tokens)
+        self._running = running
+        return found
+
+    monkeypatch.setattr(fake._InProcessAdapter, "_predict", predict)
+
+
+QUANTISED = {"cache": "quantized", "kernel": "eager", "graph": "off"}
+
+
+@pytest.mark.usefixtures("careless")
+def test_what_runs_today_may_lose_what_it_loses_and_nobody_much_more(tmp_path: Path, in_process_worker: type) -> None:
+    request = {"space": "full", "pinned": {"cache": "quantized"}, "incumbent": {"kernel": "eager"}}
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained", **request).plan
+    today, fast = plan.candidate(plan.incumbent.id), next(one for one in plan.candidates if "kernel" not in one.label)
+    assert today.score is not None
+    assert fast.score is not None
+    assert fast.score.value > today.score.value
+    assert fast.fidelity.verdict == "lossy"
+    assert plan.winner == plan.incumbent
+
+
+@pytest.mark.usefixtures("careless")
+def test_who_shares_what_its_reference_loses_has_to_say_the_same(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "reference", lambda self, settings, incumbent, shape: QUANTISED)
+    request = {"space": "full", "pinned": {"cache": "quantized"}, "incumbent": {"kernel": "eager"}}
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained", **request).plan
+    failures = {one.failure.kind for one in plan.candidates if one.failure is not None}
+    assert failures == {"wrong_output"}
+    assert plan.winner == plan.incumbent
+
+
+def test_what_is_wrong_with_a_reference_is_not_charged_to_whom_it_judges(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    sound = fake._InProcessAdapter.score
+
+    def score(self: Any, *arguments: Any) -> Any:
+        if self._running["cache"] == "dynamic":
+            raise EngineError("wrong_output", "no numbers")
+        return sound(self, *arguments)
+
+    monkeypatch.setattr(fake._InProcessAdapter, "score", score)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    assert plan.require_winner().settings["cache"] == "static"
+    assert not any(one.failure for one in plan.candidates)
+    assert any("was not held against its reference: wrong_output" in note for note in plan.notes)

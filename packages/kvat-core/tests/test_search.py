@@ -325,6 +325,11 @@ def test_who_seems_to_miss_a_limit_races_last(header: Any) -> None:
     assert raced <= set(fast)
 
 
+def nobody(_run: Run) -> tuple[str, ...]:
+    """No rules, so nobody who would stand in."""
+    return ()
+
+
 @pytest.mark.parametrize("make", [Race, Grid])
 @pytest.mark.parametrize("size", [8, 60])
 @pytest.mark.parametrize("launches", [1, 2, 3, 7, 20])
@@ -333,7 +338,7 @@ def test_no_more_launches_than_allowed_and_there_is_a_decision_as_soon_as_there_
 ) -> None:
     world = World(spread(size))
     allowance = Allowance(launches=launches)
-    search = Rationed(Vetted(make(world.load_keys, 0, allowance)), world.load_keys, allowance)
+    search = Rationed(Vetted(make(world.load_keys, 0, allowance), nobody), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert len(run.launches) <= launches
     assert search.cut_short(run) == (size == 60 or launches < 20)
@@ -348,7 +353,7 @@ def test_no_more_launches_than_allowed_and_there_is_a_decision_as_soon_as_there_
 def test_launches_that_will_not_fit_are_not_begun(header: Any, wall_s: float) -> None:
     world = World(spread(60))
     allowance = Allowance(wall_s=wall_s)
-    search = Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance)
+    search = Rationed(Vetted(Race(world.load_keys, 0, allowance), nobody), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert sum(end.wall_s for end in run.ended) <= wall_s
     screening_s = (LOAD_S + 4 * CELL_S) * purposes(run)["screening"]
@@ -389,7 +394,7 @@ def test_what_does_not_fit_leaves_what_was_kept_to_the_winner(
 def test_what_is_enough_is_not_cut_short(header: Any) -> None:
     world = World(spread(6))
     allowance = Allowance(wall_s=1e6, launches=1000)
-    search = Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance)
+    search = Rationed(Vetted(Race(world.load_keys, 0, allowance), nobody), world.load_keys, allowance)
     run = searched(world, world.start(header), search)
     assert not search.cut_short(run)
 
@@ -434,7 +439,7 @@ def test_with_a_budget_what_could_be_fastest_is_screened_first(header: Any) -> N
         footprint = Footprint(dtype="a", element_bytes=100 - rank, kv_element_bytes=1.0)
         run.candidates[rank] = entry.model_copy(update={"footprints": {SCENARIO.key: footprint}})
     allowance = Allowance(launches=10)
-    searched(world, run, Rationed(Vetted(Race(world.load_keys, 0, allowance)), world.load_keys, allowance))
+    searched(world, run, Rationed(Vetted(Race(world.load_keys, 0, allowance), nobody), world.load_keys, allowance))
     names = [entry.candidate.id for entry in run.candidates]
     screened = [cell.candidate for order in run.launches if order.purpose == "screening" for cell in order.cells]
     best = {names[-1], names[-2]}

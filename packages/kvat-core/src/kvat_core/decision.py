@@ -81,15 +81,17 @@ def _equivalents(field: Field, winner: str) -> tuple[str, ...]:
 
 
 def _plainest(run: Run, names: Sequence[str]) -> str:
-    """Who is taken of equals: no failure, less memory where it matters (in steps of 2 %), no compilation, simplest."""
+    """Who is taken of equals: no failure, lossless, less memory where it matters (in steps of 2 %), no compilation,
+    simplest.
+    """
     peaks = scoring.compared_peaks(run)
     failed = {one.cell.candidate for one in run.timing_failures}
     place = {entry.candidate.id: rank for rank, entry in enumerate(run.candidates)}
 
-    def key(name: str) -> tuple[bool, int, bool, int, int]:
+    def key(name: str) -> tuple[bool, bool, int, bool, int, int]:
         candidate = run.entry(name).candidate
         memory_steps = round(math.log(peaks[name]) / MEMORY_STEP) if name in peaks else 0
-        return name in failed, memory_steps, candidate.compiles, candidate.complexity, place[name]
+        return name in failed, candidate.lossy, memory_steps, candidate.compiles, candidate.complexity, place[name]
 
     return min(names, key=key)
 

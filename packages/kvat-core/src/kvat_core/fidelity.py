@@ -37,8 +37,9 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
     """How faithful a candidate is; None where it was not judged.
 
     exact: chooses as its reference wherever that has a clear choice, and differs by no more than rounding. close:
-    within the limits. lossy: beyond them. broken: claims to be exact and clearly is not, or is hardly the same model
-    any more. not_meaningful: random weights predict nothing that could be lost; they still tell broken and exact.
+    within the limits, beyond what runs today loses. lossy: beyond them. broken: claims to be exact and clearly is not,
+    or is hardly the same model any more. not_meaningful: random weights predict nothing that could be lost; they still
+    tell broken and exact.
     """
     seen, candidate = run.fidelity.get(candidate_id), run.entry(candidate_id).candidate
     if run.entry(candidate_id).is_reference and not candidate.lossy:
@@ -47,16 +48,13 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
         return None
     if is_broken(run, candidate_id, seen):
         return "broken"
-    worst = _losses(run, candidate_id)
-    if len(worst) == 1 and _is_exact(seen):
+    worst, as_today = _losses(run, candidate_id), _is_as_precise_as_today(run, candidate_id)
+    if as_today and _is_exact(seen):
         return "exact"
     if run.header.shape.weights == "random":
         return "not_meaningful"
-    limits = run.header.profile.limits
-    within = (
-        sum(loss.kl_nats for loss in worst) <= (limits.max_kl_nats or MAX_KL_NATS)
-        and min(loss.top1_agreement for loss in worst) >= MIN_TOP1_AGREEMENT
-    )
+    kl_nats, agreement = _limits(run)
+    within = sum(loss.kl_nats for loss in worst) <= kl_nats and min(loss.top1_agreement for loss in worst) >= agreement
     return "close" if within else "lossy"
 
 
@@ -67,15 +65,13 @@ def is_broken(run: Run, candidate_id: str, seen: Fidelity) -> bool:
     trained = run.header.shape.weights != "random"
     if trained and any(one.kl_nats > BROKEN_KL_NATS or one.top1_agreement < BROKEN_TOP1_AGREEMENT for one in parts):
         return True
-    claims_to_be_exact = candidate.exact and not candidate.lossy
-    return claims_to_be_exact and any(one.first_clear_divergence is not None for one in parts)
+    return candidate.exact and any(one.first_clear_divergence is not None for one in parts)
 
 
 def objection(run: Run, candidate_id: str) -> str | None:
     """Why a candidate must not be recommended for what it loses, or None."""
     candidate = run.entry(candidate_id).candidate
-    # What the user runs already is accepted, and so is what they allow.
-    if run.header.profile.limits.allow_lossy or not (candidate.lossy or candidate.exact):
+    if run.header.profile.limits.allow_lossy:
         return None
     if not candidate.lossy:
         return _beyond_the_limits(run, candidate_id) if verdict(run, candidate_id) == "lossy" else None
@@ -84,20 +80,30 @@ def objection(run: Run, candidate_id: str) -> str | None:
     judged = verdict(run, candidate_id)
     if judged is None:
         return "may change the output beyond rounding, which was not judged; --allow-lossy accepts that"
-    if (lacks := run.fidelity[candidate_id].lacks) is not None and not _has_todays_precision(run, candidate_id):
+    if (lacks := run.fidelity[candidate_id].lacks) is not None and not _is_as_precise_as_today(run, candidate_id):
         return f"may change the output, and was not held against full precision ({lacks}); --allow-lossy accepts that"
     return _beyond_the_limits(run, candidate_id) if judged == "lossy" else None
 
 
 def _beyond_the_limits(run: Run, candidate_id: str) -> str:
-    losses, limits = _losses(run, candidate_id), run.header.profile.limits
+    losses, (most_kl_nats, least_agreement) = _losses(run, candidate_id), _limits(run)
     agreement = min(loss.top1_agreement for loss in losses)
-    what_helps = "--max-kl or --allow-lossy accepts" if agreement >= MIN_TOP1_AGREEMENT else "--allow-lossy accepts"
+    what_helps = "--max-kl or --allow-lossy accepts" if agreement >= least_agreement else "--allow-lossy accepts"
     return (
-        f"loses fidelity: KL {sum(loss.kl_nats for loss in losses):.2g} nats of at most "
-        f"{limits.max_kl_nats or MAX_KL_NATS:g}, first choices agree in {_share(agreement)} of at least "
-        f"{MIN_TOP1_AGREEMENT:.0%}; {what_helps} that"
+        f"loses fidelity: KL {_nats(sum(loss.kl_nats for loss in losses))} nats of at most "
+        f"{most_kl_nats:.3g}, first choices agree in {_share(agreement)} of at least {100 * least_agreement:.3g}%; "
+        f"{what_helps} that"
     )
+
+
+def _limits(run: Run) -> tuple[float, float]:
+    """The largest KL and the least agreement, where what runs today may lose as much as it does."""
+    most_kl_nats, least_agreement = run.header.profile.limits.max_kl_nats or MAX_KL_NATS, MIN_TOP1_AGREEMENT
+    today = run.alias_of(run.incumbent) or run.incumbent
+    seen = run.fidelity.get(today)
+    if seen is None or run.entry(today).candidate.exact:
+        return most_kl_nats, least_agreement
+    return most_kl_nats + seen.text.kl_nats, least_agreement - (1 - seen.text.top1_agreement)
 
 
 def may_be_accepted(run: Run, candidate_id: str) -> bool:
@@ -169,6 +175,12 @@ def result(run: Run, candidate_id: str) -> FidelityResult:
     )
 
 
+def is_vouched_for(run: Run, candidate_id: str) -> bool:
+    """Whether a candidate's predictions were looked at, or nobody could look at them."""
+    name = run.alias_of(candidate_id) or candidate_id
+    return name in run.fidelity or not can_be_judged(run, name)
+
+
 def canary(run: Run, candidate_id: str) -> CanaryVerdict | None:
     """Whether requests leave anything behind in a candidate; None = nobody looked."""
     found = run.canaries.get(run.alias_of(candidate_id) or candidate_id)
@@ -186,6 +198,8 @@ def notes(run: Run, winner: str) -> list[str]:
         told.append("whether the winner keeps requests apart was not looked at: the run did not come to it")
     if seen is not None and seen.verdict == "undetermined":
         told.append(f"whether the winner keeps requests apart could not be told: {seen.reason}")
+    elif seen is not None and seen.reason:
+        told.append(f"of the winner, {seen.reason}")
     return told
 
 
@@ -198,6 +212,12 @@ def _why_not_judged(run: Run, candidate_id: str) -> str | None:
         return f"the model holds fewer than {LEAST_STEPS} tokens after the prompt"
     failed = next((one.failure for one in run.judged if one.candidate == candidate_id and one.failure), None)
     return "the run did not come to it" if failed is None else f"{failed.kind}, {failed.reason}"
+
+
+def _nats(value: float) -> str:
+    """To two digits, rounded up: what misses a limit is not shown as keeping it."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1) if 0 < value < math.inf else 0.0
+    return f"{math.ceil(round(value / step, 6)) * step:.2g}" if step else f"{value:.2g}"
 
 
 def _share(value: float) -> str:
@@ -219,12 +239,15 @@ def _requests(run: Run) -> int:
 def _losses(run: Run, candidate_id: str) -> list[Likeness]:
     """What a candidate loses: by itself, and by its precision if that is less than what runs today has."""
     seen = run.fidelity[candidate_id]
-    as_today = not run.entry(candidate_id).candidate.lossy or _has_todays_precision(run, candidate_id)
-    return [seen.text] if as_today or seen.full_precision is None else [seen.text, seen.full_precision]
+    by_precision = None if _is_as_precise_as_today(run, candidate_id) else seen.full_precision
+    return [seen.text] if by_precision is None else [seen.text, by_precision]
 
 
-def _has_todays_precision(run: Run, candidate_id: str) -> bool:
-    return run.entry(candidate_id).reference == run.entry(run.incumbent).reference
+def _is_as_precise_as_today(run: Run, candidate_id: str) -> bool:
+    """Whether the precision of its reference needs no judgement of its own: it is today's, or none that may lose."""
+    entry, seen = run.entry(candidate_id), run.fidelity[candidate_id]
+    todays = entry.reference == run.entry(run.incumbent).reference
+    return todays or not entry.candidate.lossy or (seen.full_precision is None and seen.lacks is None)
 
 
 def _is_exact(seen: Fidelity) -> bool:

@@ -120,6 +120,15 @@ def _canary(run: Run, winner: str) -> Literal["clean", "undetermined"] | None:
     return found
 
 
+def stand_ins(run: Run) -> list[str]:
+    """Candidates that the rules of a plan would name if the output of all were known to be right."""
+    decision = decide(run)
+    if decision is None:
+        return []
+    results = tuple(_result(run, entry, decision) for entry in run.candidates)
+    return [rule.use for rule in derive_rules(run, decision, results, vouched_for=False)]
+
+
 def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:
     """The model's name as it may be shown to others: of a local path only the last part, behind the engine's scheme."""
     return f"{scheme}./{PurePath(model_id.removeprefix(scheme)).name}" if local else model_id

@@ -253,11 +253,17 @@ def _look(
         return engine.recipe(settings[cell.candidate], Scenario.of_key(cell.scenario), target)
 
     def references(cell: Cell) -> tuple[Recipe, Recipe | None, str | None]:
-        scenario, of = Scenario.of_key(cell.scenario), {entry.candidate.id: entry.reference for entry in entries}
-        own = of[cell.candidate]
+        scenario = Scenario.of_key(cell.scenario)
+        entry = next(entry for entry in entries if entry.candidate.id == cell.candidate)
+        own, candidate = entry.reference, entry.candidate
         assert own is not None, "only what has a reference is judged"
         in_full = engine.in_full_precision(own, shape)
-        impossible = None if in_full == own else engine.check(in_full, shape, probe)
+        if in_full == own:
+            # What it may lose is in its reference as well, so that nothing would show it.
+            hidden = candidate.lossy and candidate.exact
+            recipe = engine.recipe(own, scenario, target)
+            return recipe, recipe, "the engine names nothing more precise" if hidden else None
+        impossible = engine.check(in_full, shape, probe)
         full = None if impossible else engine.recipe(in_full, scenario, target)
         return engine.recipe(own, scenario, target), full, impossible and anonymous(impossible)
 
@@ -564,6 +570,10 @@ def _candidates(
             same = None if first == entry.candidate.label else f"{space.SAME_RECIPE} {first}"
             reference = engine.reference(entry.candidate.settings, entries[0].candidate.settings, shape)
             entry = entry.model_copy(update={"exclusion": same, "recipes": known_by, "reference": reference})
+            if reference is not None:
+                exact = space.claims_to_be_exact(knobs, entry.candidate.settings, reference)
+                candidate = entry.candidate.model_copy(update={"exact": exact})
+                entry = entry.model_copy(update={"candidate": candidate})
             recipes |= {Cell(candidate=name, scenario=key): recipe for key, recipe in mine.items()}
         else:
             entry = entry.model_copy(update={"exclusion": anonymous(entry.exclusion)})

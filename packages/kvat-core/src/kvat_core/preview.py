@@ -13,6 +13,7 @@ from kvat_core.measure.deadlines import Deadlines
 from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import Client, WorkerProcess
+from kvat_core.planner import stand_ins
 from kvat_core.preparation import Preparation, TuneRequest, foresee
 from kvat_core.run import Run
 from kvat_core.schema import CandidateEntry, Header, Knob, Profile, Record, Scenario, Space
@@ -158,7 +159,7 @@ def _launches(prepared: Preparation, request: TuneRequest) -> int:
     load_keys = {cell: recipe.load_key for cell, recipe in prepared.recipes.items()}
     allowance = Allowance(wall_s=request.budget_s, launches=request.max_launches)
     strategy = find_search(request.search)(load_keys, request.seed, allowance)
-    return Rationed(Vetted(strategy), load_keys, allowance).remaining(run)
+    return Rationed(Vetted(strategy, stand_ins), load_keys, allowance).remaining(run)
 
 
 def _exclusions(entries: Sequence[CandidateEntry]) -> tuple[Exclusion, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from kvat_core import fidelity
 from kvat_core.decision import Decision, decide
 from kvat_core.pareto import CONTEXT_STEP, MEMORY_STEP_BYTES
 from kvat_core.run import Run
@@ -41,16 +42,20 @@ class _Field:
         return next((one for one in self.ranked if one.id != self.winner.id and suits(one)), None)
 
 
-def derive_rules(run: Run, decision: Decision, results: Sequence[CandidateResult]) -> tuple[Rule, ...]:
+def derive_rules(
+    run: Run, decision: Decision, results: Sequence[CandidateResult], *, vouched_for: bool = True
+) -> tuple[Rule, ...]:
     """The rules of a plan, in order.
 
     Args:
         run: what was measured.
         decision: what came of it.
         results: every candidate of the run, as the plan shows it.
+        vouched_for: whether they name only those whose output was looked at, where that can be done.
     """
     winner = next(result for result in results if result.id == decision.winner)
-    field = _Field(run, winner, eligible_by_score(results))
+    ranked = [one for one in eligible_by_score(results) if not vouched_for or fidelity.is_vouched_for(run, one.id)]
+    field = _Field(run, winner, ranked)
     ladder = list(_ladder(field))
     return (
         *_after_an_error(field, ladder),

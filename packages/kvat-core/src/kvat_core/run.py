@@ -52,6 +52,8 @@ OF_THE_CANDIDATE = (
     "unkillable",
 )
 """Kinds of failure for which the machine is never to blame."""
+OF_THE_OUTPUT = ("wrong_output", "leak")
+"""Of these the kinds that are as true of whoever runs the very same thing."""
 MEMORY_TRIALS = 2
 """Processes that a cell gets at most for its peak memory: what ended the first may have come from outside."""
 VETTING_TRIALS = 2
@@ -257,13 +259,19 @@ class Run:
 
     @cached_property
     def failures(self) -> Mapping[str, Failed]:
-        """How each failed candidate ended; where only its peak memory could not be read, its figures stand."""
+        """How each failed candidate ended; where only its peak memory could not be read, its figures stand.
+
+        What is wrong with an output is wrong with that of whoever was proven to run the very same thing.
+        """
         ends: dict[str, Failed] = {}
         forgiven = self.forgiven
         for failed in self.timing_failures:
             name = failed.cell.candidate
             if failed.launch != forgiven.get(name):
                 ends.setdefault(name, failed)
+                if failed.failure.kind in OF_THE_OUTPUT:
+                    for twin in self._runs_the_same_as(name):
+                        ends.setdefault(twin, failed)
         return ends
 
     @cached_property
@@ -480,6 +488,15 @@ class Run:
     def _counting(self, launches: dict[int, list[Sample]]) -> list[Sample]:
         last_first = [launches[number] for number in sorted(launches, reverse=True)]
         return next((samples for samples in last_first if self._is_complete(samples)), last_first[0])
+
+    def _runs_the_same_as(self, candidate_id: str) -> list[str]:
+        """Other candidates that were proven to run the very same thing in every scenario, whether live or not."""
+        mine = [self._applied.get(cell) for cell in self._cells[candidate_id]]
+        return [
+            name
+            for name, cells in self._cells.items()
+            if name != candidate_id and None not in mine and [self._applied.get(cell) for cell in cells] == mine
+        ]
 
     def _same_as(self, cell: Cell) -> Sequence[Cell]:
         """Cells that run the very same thing as this one, itself among them, in the order of the space."""

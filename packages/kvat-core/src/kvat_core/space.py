@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import SPACES, Candidate, CandidateEntry, Knob, KnobValue, Space, digest
@@ -134,6 +134,14 @@ def _by_user(settings: Settings, excluded: Sequence[tuple[str, str]]) -> str | N
     return hit and f"{hit} was excluded by request"
 
 
+def claims_to_be_exact(knobs: Iterable[Knob], settings: Settings, reference: Mapping[str, str]) -> bool:
+    """Whether settings lose nothing beside those of their reference: each lossy value of theirs is one of it too."""
+    by_name = {knob.name: knob for knob in knobs}
+    return not any(
+        _value(by_name, name, value).lossy and reference.get(name) != value for name, value in settings.items()
+    )
+
+
 def _candidate(by_name: Mapping[str, Knob], settings: Settings, incumbent: Settings) -> Candidate:
     values = {name: _value(by_name, name, value) for name, value in settings.items()}
     return Candidate(
@@ -142,7 +150,6 @@ def _candidate(by_name: Mapping[str, Knob], settings: Settings, incumbent: Setti
         settings=settings,
         # What the user runs already is accepted; only a further loss needs a judgement.
         lossy=any(value.lossy and settings[name] != incumbent[name] for name, value in values.items()),
-        exact=not any(value.lossy for value in values.values()),
         compiles=any(value.compiles for value in values.values()),
         complexity=sum(value.simplicity for value in values.values()),
     )

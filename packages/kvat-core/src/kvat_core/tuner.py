@@ -33,7 +33,7 @@ from kvat_core.measure.interrupt import Stop
 from kvat_core.measure.launch import carry_out
 from kvat_core.measure.session import OpenWorker
 from kvat_core.measure.supervisor import Client, WorkerProcess
-from kvat_core.planner import make_plan
+from kvat_core.planner import make_plan, stand_ins
 from kvat_core.preparation import Preparation, TuneRequest, prepare, utc_now
 from kvat_core.report import Report
 from kvat_core.run import Run
@@ -171,7 +171,7 @@ def _measure(bench: Bench, stop: Stop, display: _Display, allowance: Allowance) 
     run = bench.run
     load_keys = {cell: recipe.load_key for cell, recipe in bench.recipes.items()}
     strategy = find_search(run.header.search)(load_keys, run.header.seed, allowance)
-    search = Rationed(Vetted(strategy), load_keys, allowance)
+    search = Rationed(Vetted(strategy, stand_ins), load_keys, allowance)
     stopped: KvatError
     breaker = Breaker(run, bench.record, bench.announce, bench.open_worker, bench.deadlines, bench.options)
     try:

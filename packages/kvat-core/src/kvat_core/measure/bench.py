@@ -46,14 +46,23 @@ class Bench:
     compiled: set[str] = field(default_factory=set)
     """Keys of the loads for which the compiler has cached something in `scratch`."""
 
-    references_scored: dict[str, Scored | Failure] = field(default_factory=dict)
-    """By key of the recipe: what came of scoring it; its predictions are in `scratch`."""
+    references_scored: dict[tuple[str, str | None], Scored | Failure] = field(default_factory=dict)
+    """By key of the recipe, and of the one it was held against: what came of scoring it."""
 
-    def prompt(self, scenario: Scenario, *, round_number: int, index: int) -> PromptSpec:
-        """The prompts of a call: the same for all candidates of a block, different for everything else."""
+    def prompt(
+        self, scenario: Scenario, *, round_number: int, index: int, source: PromptSource | None = None
+    ) -> PromptSpec:
+        """The prompts of a call: the same for all candidates of a block, different for everything else.
+
+        Args:
+            scenario: lengths and number of the prompts.
+            round_number: of the block.
+            index: of the call.
+            source: of another text than that of the run.
+        """
         name = f"{self.run.header.seed}/{round_number}/{scenario.key}/{index}"
         return PromptSpec(
-            source=self.source,
+            source=source or self.source,
             tokens=scenario.prompt_lengths,
             nonce=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"),
         )

@@ -25,6 +25,7 @@ from kvat_core.schema import (
     Fidelity,
     Judged,
     LaunchOrder,
+    PromptSource,
     Recipe,
     Scenario,
 )
@@ -33,7 +34,10 @@ _Found = TypeVar("_Found")
 
 _FORCED, _ANSWERED, _BEFORE, _INSTEAD = -1000, -2000, -3000, -4000
 """Indices of the prompts of these calls, apart from those that are timed: of what is forced, of the request that is to
-be answered alike, and of those before it, which have one content, and then another."""
+be answered alike, and of those before it, which have one content, and then another.
+
+The contents differ everywhere: what is left of a request is invisible to the next one that says the same there.
+"""
 
 
 def judge(order: LaunchOrder, bench: Bench) -> None:
@@ -46,7 +50,7 @@ def judge(order: LaunchOrder, bench: Bench) -> None:
         wrong = fidelity.in_words(found) if fidelity.is_broken(bench.run, cell.candidate, found) else None
     except _CannotBeTold as told:
         failure = told.failure
-        wrong = failure.reason if failure.kind == "wrong_output" else None
+        wrong = failure.reason if failure.kind == "wrong_output" and not told.of_a_reference else None
     if wrong is not None:
         _fail(order, "wrong_output", "fidelity", wrong, bench)
     bench.record(Judged(launch=order.launch, candidate=cell.candidate, fidelity=found, failure=failure))
@@ -73,9 +77,10 @@ def _fail(order: LaunchOrder, kind: fidelity.Wrong, phase: str, reason: str, ben
 
 
 class _CannotBeTold(Exception):
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, *, of_a_reference: bool = False) -> None:
         super().__init__(failure.reason)
         self.failure = failure
+        self.of_a_reference = of_a_reference
 
 
 def _verdict(cell: Cell, bench: Bench) -> tuple[CanaryVerdict, str]:
@@ -119,7 +124,9 @@ def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> l
             scene = longest.model_copy(update={"prompt_tokens": tokens})
             index = _ANSWERED if tokens == usual else others
             arguments = {
-                "prompt": bench.prompt(scene, round_number=0, index=index).model_dump(mode="json"),
+                "prompt": bench.prompt(
+                    scene, round_number=0, index=index, source=_another_text(bench.source, index)
+                ).model_dump(mode="json"),
                 "max_new_tokens": longest.output_tokens,
                 "longest_tokens": longest.total_tokens,
             }
@@ -132,6 +139,17 @@ def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> l
     return _in_a_fresh_process(recipe, bench, ask)
 
 
+def _another_text(source: PromptSource, index: int) -> PromptSource:
+    """Backwards for the requests before, and from elsewhere in it where they are replaced."""
+    text = source.value or ""
+    if index != _ANSWERED:
+        text = text[::-1]
+    if index == _INSTEAD:
+        third = len(text) // 3
+        text = text[third:] + text[:third]
+    return source.model_copy(update={"value": text})
+
+
 def _fidelity(cell: Cell, bench: Bench) -> Fidelity:
     own, in_full, lacks = bench.references(cell)
     full_precision = None
@@ -139,6 +157,10 @@ def _fidelity(cell: Cell, bench: Bench) -> Fidelity:
         try:
             _keep(in_full, None, cell, bench)
         except _CannotBeTold as told:
+            # What may have come from outside is forgiven once, as everywhere.
+            tried_before = any(one.candidate == cell.candidate for one in bench.run.judged)
+            if told.failure.kind not in OF_THE_CANDIDATE and not tried_before:
+                raise
             in_full, lacks = None, f"{told.failure.kind}, {told.failure.reason}"
     if in_full == own:
         _keep(own, None, cell, bench)
@@ -158,22 +180,25 @@ def _fidelity(cell: Cell, bench: Bench) -> Fidelity:
 
 
 def _keep(reference: Recipe, against: Recipe | None, cell: Cell, bench: Bench) -> Scored:
-    """What a reference predicts, scored once per process of the run; it stays in the temporary directory.
+    """What a reference predicts, scored once per process of the run and per what it is held against.
+
+    Its predictions stay in the temporary directory.
 
     Raises:
         _CannotBeTold: it cannot be scored; where only the reference can be to blame, it is not tried again.
     """
-    known = bench.references_scored.get(reference.key)
+    pair = (reference.key, None if against is None else against.key)
+    known = bench.references_scored.get(pair)
     if known is None:
         try:
             known = _score(reference, cell, bench, against=against, keep=True)
         except _CannotBeTold as told:
             if told.failure.kind not in OF_THE_CANDIDATE:
-                raise
+                raise _CannotBeTold(told.failure, of_a_reference=True) from told
             known = told.failure
-        bench.references_scored[reference.key] = known
+        bench.references_scored[pair] = known
     if isinstance(known, Failure):
-        raise _CannotBeTold(known)
+        raise _CannotBeTold(known, of_a_reference=True)
     return known
 
 

@@ -430,10 +430,18 @@ class Plan(Record):
         return min(usable, key=lacking_bytes)
 
     def _by_preference(self, situation: Situation) -> list[CandidateResult]:
-        """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score."""
-        eligible = {candidate.id: candidate for candidate in eligible_by_score(self.candidates)}
+        """Eligible candidates, each once: those of the rules that hold, the winner, the others by their score.
+
+        Where output was judged at all, it was that of each of them, but for a winner of which a note says why not.
+        """
+        winner, judged = self.require_winner().id, any(one.fidelity.verdict for one in self.candidates)
+        eligible = {
+            one.id: one
+            for one in eligible_by_score(self.candidates)
+            if one.fidelity.verdict is not None or one.id == winner or not judged
+        }
         wanted = [rule.use for rule in self.rules if rule.when.holds(situation)]
-        ranked = dict.fromkeys([*wanted, self.require_winner().id, *eligible])
+        ranked = dict.fromkeys([*wanted, winner, *eligible])
         return [eligible[name] for name in ranked if name in eligible]
 
 

@@ -47,7 +47,7 @@ class Candidate(Record):
     label: str
     settings: dict[str, str]
     lossy: bool = Field(default=False, description="may lose output that what runs today does not")
-    exact: bool = Field(default=True, description="none of its values changes more than rounding")
+    exact: bool = Field(default=True, description="loses nothing that its reference does not lose as well")
     compiles: bool = False
     complexity: int = Field(default=0, ge=0, description="sum of its values' simplicity ranks; less is simpler")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from kvat_core import fidelity
@@ -19,17 +20,22 @@ class Vetted:
 
     What may lose output is judged before it takes part in a first block, and whoever takes part in a run-off before
     that. When the search has enough, the winner is judged, and a canary sent through it; who fails makes room for the
-    next best, of whom the search then may want to know more.
+    next best, of whom the search then may want to know more. At last those are judged who would stand in for it.
+
+    Args:
+        search: what is asked.
+        stand_ins: of a run, the candidates that the plan's rules would name.
     """
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, stand_ins: Callable[[Run], Iterable[str]]) -> None:
         self._search = search
+        self._stand_ins = stand_ins
 
     def next(self, run: Run) -> LaunchOrder | None:
         """The next launch, or None when enough is known."""
         order = self._search.next(run)
         if order is None:
-            return next(iter(self.of_the_winner(run)), None)
+            return next(iter(self.of_the_winner(run)), None) or self._of_a_stand_in(run)
         waiting = [cell for cell in order.cells if _has_to_wait(run, cell.candidate, order.purpose)]
         if not waiting:
             return order
@@ -46,6 +52,10 @@ class Vetted:
             return left
         # Until it is known, the winner is one that has to be judged.
         return left + (2 if left else len(self.of_the_winner(run)))
+
+    def _of_a_stand_in(self, run: Run) -> LaunchOrder | None:
+        names = (run.alias_of(name) or name for name in self._stand_ins(run))
+        return next((_judgement(run, name) for name in names if _is_to_be_judged(run, name)), None)
 
     def of_the_winner(self, run: Run) -> list[LaunchOrder]:
         """What would vet the winner if the run were decided now, the first to be carried out first."""
