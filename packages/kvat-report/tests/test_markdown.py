@@ -46,7 +46,7 @@ def test_golden_report_of_what_was_found_of_the_output(make_plan: Callable[..., 
     figures = {"top1_agreement": 0.9938, "first_divergence": 41, "tokens": 512}
     close = {"lossy": True, "verdict": "close", "kl_nats": 0.00423, **figures, "full_precision_kl_nats": 0.0011}
     lossy = {"lossy": True, "verdict": "lossy", "kl_nats": 0.251, **figures, "top1_agreement": 0.874}
-    reason = "loses fidelity: KL 0.25 nats of at most 0.01, first choices agree in 87.4% of at least 99%"
+    reason = "loses fidelity: KL 0.25 nats of at most 0.01, first choices agree in 87.4 % of at least 99 %"
     plan = make_plan(
         equivalents=[], rules=[], pareto=[], notes=[], canary="clean",
         model={"id": "tiny", "revision": None, "weights": "checkpoint", "sha256": "ab" * 32},

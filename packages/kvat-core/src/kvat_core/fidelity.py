@@ -91,7 +91,7 @@ def _beyond_the_limits(run: Run, candidate_id: str) -> str:
     what_helps = "--max-kl or --allow-lossy accepts" if agreement >= least_agreement else "--allow-lossy accepts"
     return (
         f"loses fidelity: KL {_nats(sum(loss.kl_nats for loss in losses))} nats of at most "
-        f"{most_kl_nats:.3g}, first choices agree in {_share(agreement)} of at least {100 * least_agreement:.3g}%; "
+        f"{most_kl_nats:.3g}, first choices agree in {_share(agreement)} of at least {100 * least_agreement:.3g} %; "
         f"{what_helps} that"
     )
 
@@ -222,7 +222,7 @@ def _nats(value: float) -> str:
 
 def _share(value: float) -> str:
     """To a tenth of a percent, rounded down: what misses a limit is not shown as keeping it."""
-    return f"{math.floor(1000 * value) / 10:.1f}%"
+    return f"{math.floor(round(1000 * value, 6)) / 10:.1f} %"
 
 
 def _scored_prompt_tokens(run: Run) -> int:
