@@ -10,11 +10,23 @@ from safetensors import SafetensorError
 
 from kvat_core.engine import EngineError
 
-OUT_OF_DEVICE_MEMORY = "the device ran out of memory"
+_OUT_OF_DEVICE_MEMORY = "the device ran out of memory"
+_BROKEN_DEVICE = "the device reported an error that only a new process can clear"
 
-_FULL = ("MPS backend out of memory", "Invalid buffer size", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""What torch says when a device is full, where it has no type of its own for that: Metal's allocator, the libraries of
-CUDA when they make room for themselves, and the driver."""
+_FULL = (
+    "CUDA out of memory",
+    "HIP out of memory",
+    "CUDA error: out of memory",
+    "HIP error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "Invalid buffer size",
+)
+"""What torch says when a device is full: its allocator, whose error `generate_batch` hands on as text, the driver, the
+libraries of CUDA when they make room for themselves, and Metal's allocator."""
+
+_OF_A_DEVICE = ("CUDA error: ", "HIP error: ")
+"""How torch begins what the runtime of a device reports, and what a library reports that stands on it."""
 
 
 @contextmanager
@@ -28,13 +40,13 @@ def translated() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EngineError("oom_device", OUT_OF_DEVICE_MEMORY) from error
+        raise EngineError("oom_device", _OUT_OF_DEVICE_MEMORY) from error
     except SafetensorError as error:
         raise EngineError("error", "the weight files are damaged or incomplete; fetch them again") from error
     except RuntimeError as error:
         known = from_text(str(error))
         if known is None and isinstance(error, torch.AcceleratorError):
-            known = EngineError("device_error", "the device reported an error that only a new process can clear")
+            known = EngineError("device_error", _BROKEN_DEVICE)
         if known is None:
             raise
         raise known from error
@@ -43,7 +55,9 @@ def translated() -> Iterator[None]:
 def from_text(text: str) -> EngineError | None:
     """What is known of an error by its text, by which alone torch tells most of its errors apart."""
     if any(full in text for full in _FULL):
-        return EngineError("oom_device", OUT_OF_DEVICE_MEMORY)
+        return EngineError("oom_device", _OUT_OF_DEVICE_MEMORY)
+    if any(one in text for one in _OF_A_DEVICE) and "_STATUS_" not in text:
+        return EngineError("device_error", _BROKEN_DEVICE)
     if "DefaultCPUAllocator" in text and "memory" in text:
         return EngineError("oom_host", "the host ran out of memory")
     if "No viable backend for scaled_dot_product_attention" in text:
