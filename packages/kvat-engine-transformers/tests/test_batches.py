@@ -136,7 +136,13 @@ def test_handed_over_a_paged_batch_has_the_rows_of_generate(prepared: Prepared) 
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("DefaultCPUAllocator: can't allocate memory", "oom_host"), ("a defect", None)]
+    ("text", "kind"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory", "oom_host"),
+        ("CUDA out of memory. Tried to allocate 9.00 GiB.", "oom_device"),
+        ("CUDA error: device-side assert triggered", "device_error"),
+        ("a defect", None),
+    ],
 )
 def test_handed_over_a_batch_that_failed_is_no_answer(prepared: Prepared, text: str, kind: str | None) -> None:
     adapter, _ = prepared("builtin:llama", UNEQUAL, cache="paged")
@@ -149,9 +155,12 @@ def test_handed_over_a_batch_that_failed_is_no_answer(prepared: Prepared, text: 
     try:
         with pytest.raises((RuntimeError, EngineError)) as caught:
             adapter.answer(prompt, 4, UNEQUAL.total_tokens)
+        with pytest.raises(EngineError) as timed:
+            adapter.run_decode(prompt, 4)
     finally:
         hook.remove()
     assert getattr(caught.value, "kind", None) == kind
+    assert timed.value.kind == (kind or "error")
 
 
 def test_handed_over_a_batch_that_is_given_up_is_no_answer(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +191,7 @@ def test_the_code_that_is_handed_over_answers_unequal_prompts_as_they_are_timed(
     [
         ({"repetition_penalty": 1.1}, "generate_batch has no RepetitionPenaltyLogitsProcessor"),
         ({"min_new_tokens": 4}, "generate_batch has no MinNewTokensLengthLogitsProcessor"),
+        ({"max_time": 60.0}, "generate_batch does not stop by max_time, which the generation_config sets"),
     ],
 )
 def test_a_paged_cache_is_refused_where_it_would_answer_otherwise(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import QuantizedLayer
 
 from kvat_core.engine import EngineError
 from kvat_core.errors import NothingFeasible, UsageError
@@ -89,12 +98,15 @@ class Spy:
     attention: list[str] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     inference: list[bool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """Of each forward call; all else is of the first one with each cache."""
     fails: Callable[[str, str], BaseException | None] = lambda cache, attention: None
 
     def look(self, module: Any, arguments: Any, options: Mapping[str, Any]) -> None:
         cache, attention = given_cache(options), str(self.model.config._attn_implementation)
         if (error := self.fails(type(cache).__name__, attention)) is not None:
             raise error
+        self.tokens.append(options["input_ids"].shape[1])
         if cache.get_seq_length() == 0:
             self.caches.append(type(cache).__name__)
             self.slots.append(getattr(cache.layers[0], "max_cache_len", 0) if cache.layers else 0)
@@ -147,6 +159,30 @@ def test_so_does_what_the_caller_asks_for_in_a_generation_config(
     assert spy.caches == ["DynamicCache"]
     assert spy.inference == [True]
     assert asked.use_cache is None
+
+
+def test_chunks_that_were_measured_off_stay_off(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama.generation_config, "prefill_chunk_size", 4)
+    planned = load_plan(make_plan(), model=llama)
+    for options in ({}, {"generation_config": GenerationConfig()}):
+        planned.generate(IDS, 2, **options)
+        assert spy.tokens == [12, 1]
+        spy.tokens.clear()
+    planned.generate(IDS, 2, generation_config=GenerationConfig(prefill_chunk_size=6))
+    assert spy.tokens == [6, 6, 1]
+
+
+def test_what_is_handed_back_can_be_changed_in_place(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    planned = load_plan(make_plan(), model=llama)
+    planned.generate(IDS, 3)[:, 0] = 0
+    with patch_generate(llama, make_plan()):
+        llama.generate(IDS, max_new_tokens=3)[:, 0] = 0
+    assert spy.inference == [True, True]
+    output = planned.generate(IDS, 3, return_dict_in_generate=True)
+    output.sequences[:, 0] = 0
+    cache_of(output).layers[0].keys.zero_()
 
 
 @pytest.mark.parametrize(
@@ -217,8 +253,32 @@ def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedMod
     options = {"attention_mask": mask, "eos_token_id": None, "max_new_tokens": 5}
     expected = llama.generate(input_ids=IDS, do_sample=False, **options)
     assert torch.equal(planned.generate(IDS, **options), expected)
-    with pytest.raises(Exception, match="generate_batch takes no num_beams"):
+    with pytest.raises(EngineError, match="generate_batch takes no num_beams") as caught:
         planned.generate(IDS, 5, num_beams=2)
+    assert caught.value.kind == "unsupported"
+
+
+def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes one of the 50 likeliest tokens where nobody says otherwise."""
+    own = {**llama.generation_config.to_dict(), "do_sample": True, "temperature": 100.0, "top_k": None}
+    monkeypatch.setattr(llama, "generation_config", GenerationConfig(**own))
+    likeliest = llama(IDS[:1]).logits[0, -1].topk(50).indices
+    torch.manual_seed(0)
+    with patch_generate(llama, make_plan({"paged": {"cache": "paged"}})):
+        tokens = llama.generate(IDS[:1].repeat(32, 1), max_new_tokens=2)
+    assert torch.isin(tokens[:, 12], likeliest).all()
+
+
+def test_padding_without_a_mask_is_padding_to_generate_batch_too(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    padded = IDS.clone()
+    padded[0, :4] = llama.generation_config.pad_token_id
+    options = {"max_new_tokens": 5, "eos_token_id": None}
+    expected = llama.generate(padded, **options)
+    assert not torch.equal(expected, llama.generate(padded, attention_mask=torch.ones_like(padded), **options))
+    with patch_generate(llama, make_plan({"paged": {"cache": "paged"}})):
+        assert torch.equal(llama.generate(padded, **options), expected)
 
 
 def here() -> list[dict[str, str]]:
@@ -312,6 +372,22 @@ def test_out_of_memory_falls_back_to_who_needs_less(llama: PreTrainedModel, spy:
     assert output.shape == (2, 15)
 
 
+def test_it_does_so_of_a_device_in_generate_batch_which_tells_by_text(
+    llama: PreTrainedModel, make_plan: MakePlan
+) -> None:
+    def fail(*arguments: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    planned = load_plan(make_plan({"paged": {"cache": "paged"}, "dynamic": {}}), model=llama)
+    hook = llama.register_forward_pre_hook(fail)
+    try:
+        with pytest.warns(FallbackWarning, match="^paged failed: the device ran out of memory; going on with dynamic$"):
+            assert planned.generate(IDS, 3).shape == (2, 15)
+    finally:
+        hook.remove()
+
+
 def test_each_fallback_is_told_and_the_last_error_is_the_callers(
     llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
 ) -> None:
@@ -381,6 +457,7 @@ def test_a_paged_winner_leaves_a_streamer_to_the_next_candidate(llama: PreTraine
         ({"num_beams": 2}, "generate_batch has no beams, and num_beams is 2"),
         ({"repetition_penalty": 1.5}, "generate_batch has no RepetitionPenaltyLogitsProcessor"),
         ({"min_new_tokens": 3}, "generate_batch has no MinNewTokensLengthLogitsProcessor"),
+        ({"max_time": 60.0}, "generate_batch does not stop by max_time"),
     ],
     ids=str,
 )
@@ -393,6 +470,27 @@ def test_what_generate_batch_would_leave_out_is_left_to_the_next_candidate(
     plan = make_plan({"paged": {"cache": "paged"}, "dynamic": {}})
     with patch_generate(llama, plan), pytest.warns(FallbackWarning, match=f"^paged failed: {reason}"):
         assert torch.equal(llama.generate(IDS, max_new_tokens=5), expected)
+
+
+def test_so_is_what_it_would_not_hand_back(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama.generation_config, "return_dict_in_generate", True)
+    plan = make_plan({"paged": {"cache": "paged"}, "dynamic": {}})
+    with pytest.warns(FallbackWarning, match="^paged failed: generate_batch hands back tokens alone"):
+        assert isinstance(cache_of(load_plan(plan, model=llama).generate(IDS, 2)), DynamicCache)
+
+
+def test_beams_are_left_to_a_cache_that_can_be_reordered(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "reorder_cache" in vars(QuantizedLayer):  # as Transformers 5.17 is
+        monkeypatch.delattr(QuantizedLayer, "reorder_cache")
+    planned = load_plan(make_plan({"quantised": {"cache": "quanto_int4"}, "dynamic": {}}), model=llama)
+    planned.generate(IDS, 2)
+    with pytest.warns(FallbackWarning, match="^quantised failed: this version of transformers cannot reorder a quant"):
+        planned.generate(IDS, 2, num_beams=2)
+    assert spy.caches == ["QuantizedCache", "DynamicCache"]
 
 
 def test_what_a_failed_call_held_is_free_before_the_next_one(
@@ -464,6 +562,14 @@ def test_rows_are_needed(llama: PreTrainedModel, make_plan: MakePlan) -> None:
         load_plan(make_plan(), model=llama).generate(IDS[0], 3)
 
 
+@pytest.mark.parametrize("given", [BatchEncoding({"input_ids": IDS}), IDS.tolist()], ids=["encoding", "list"])
+def test_of_what_a_tokenizer_returns_only_the_tensor_will_do(
+    llama: PreTrainedModel, make_plan: MakePlan, given: Any
+) -> None:
+    with pytest.raises(UsageError, match="is no tensor; of what a tokenizer returns pass its input_ids"):
+        load_plan(make_plan(), model=llama).generate(given, 3)
+
+
 @pytest.mark.parametrize("shape", [(1, 0), (0, 5)])
 def test_so_are_tokens(llama: PreTrainedModel, make_plan: MakePlan, shape: tuple[int, int]) -> None:
     empty = torch.empty(shape, dtype=torch.long)
@@ -504,6 +610,7 @@ def test_a_plan_that_was_made_here_is_told_nothing_of(llama: PreTrainedModel, ma
         ("machine", {"cpu": "Abacus", "fingerprint": "0"}, "instead of Abacus"),
         ("machine", {"fingerprint": "0"}, "fingerprint [0-9a-f]+ instead of 0"),
         ("engine", {"versions": {"torch": "1.0"}}, r"torch 2\.\S+ instead of 1\.0"),
+        ("model", {"quantization": "gptq 4 bits"}, "quantisation none instead of gptq 4 bits"),
     ],
 )
 def test_what_differs_from_the_plan_is_named(
@@ -516,6 +623,25 @@ def test_what_differs_from_the_plan_is_named(
     assert len(told) == 1
     assert "\n" not in str(told[0].message)
     assert told[0].filename == __file__
+
+
+def test_a_loaded_model_of_another_shape_is_noticed(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    def predicting(count: int) -> Plan:
+        plan = make_plan()
+        results = {
+            one.id: tuple(call.model_copy(update={"kv_cache_predicted_bytes": count}) for call in one.scenarios)
+            for one in plan.candidates
+        }
+        candidates = (one.model_copy(update={"scenarios": results[one.id]}) for one in plan.candidates)
+        return plan.model_copy(update={"candidates": tuple(candidates)})
+
+    config = llama.config
+    own = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (48 + 6 - 1) * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_plan(predicting(own), model=llama)
+    with pytest.warns(PlanWarning, match=rf"a KV cache of {own} bytes instead of {2 * own} at 48\+6x1;"):
+        load_plan(predicting(2 * own), model=llama)
 
 
 def test_other_weights_are_noticed(tiny_directory: Path, make_plan: MakePlan) -> None:
@@ -566,6 +692,23 @@ def test_calls_that_no_plan_can_serve_pass_unchanged(llama: PreTrainedModel, mak
         with pytest.warns(PlanWarning, match="has no input_ids"):
             assert llama.generate(inputs_embeds=embeddings, max_new_tokens=2).shape == (2, 2)
     assert cache.get_seq_length() == 13
+
+
+def test_what_passes_a_plan_over_is_greedy_unless_the_caller_says_otherwise(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llama.generate(IDS, max_new_tokens=8, do_sample=False)
+    own = {**llama.generation_config.to_dict(), "do_sample": True, "temperature": 100.0}
+    monkeypatch.setattr(llama, "generation_config", GenerationConfig(**own))
+    planned = load_plan(make_plan(), model=llama)
+    for options in ({}, {"generation_config": GenerationConfig()}):
+        with pytest.warns(PlanWarning, match="brings a cache of its own"):
+            assert torch.equal(planned.generate(IDS, 8, past_key_values=DynamicCache(), **options), expected)
+    with pytest.warns(PlanWarning, match="brings a cache of its own"):
+        sampled = planned.generate(
+            IDS, 8, past_key_values=DynamicCache(), generation_config=GenerationConfig(do_sample=True)
+        )
+    assert not torch.equal(sampled, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma2PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    Gemma2PreTrainedModel,
+)
 
-from kvat_core import Profile, TuneRequest, metrics, tune
+from kvat_core import Plan, Profile, TuneRequest, metrics, tune
 from kvat_core.engine import EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Objective, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, handover
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, handover, load_plan
 from kvat_engine_transformers.recipes import STEP_TOKENS
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
@@ -95,6 +102,24 @@ def test_a_model_without_attention_has_nothing_to_tune(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has no attention"):
         TransformersEngine().describe(ModelRef(id=str(tmp_path)), "cpu", {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "sizes", "refusal"),
+    [
+        (AutoModelForCausalLM, "mamba", {"hidden_size": 64}, "MambaForCausalLM has no attention"),
+        (AutoModelForSeq2SeqLM, "t5", {"d_model": 64, "d_ff": 64}, "T5ForConditionalGeneration is an encoder-decoder"),
+        (AutoModelForMaskedLM, "bert", {"hidden_size": 48}, "BertForMaskedLM does not generate text"),
+        (AutoModelForCausalLM, "bert", {"hidden_size": 48}, "BertLMHeadModel is an encoder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_such_a_model_that_is_loaded_already_follows_no_plan(
+    make_plan: Callable[..., Plan], kind: Any, model_type: str, sizes: dict[str, int], refusal: str
+) -> None:
+    model = kind.from_config(AutoConfig.for_model(model_type, vocab_size=64, num_hidden_layers=2, **sizes))
+    with pytest.raises(UsageError, match=f"^{refusal}"):
+        load_plan(make_plan({"one": {}}), model=model)
 
 
 @pytest.mark.parametrize(("full", "sliding"), [(4, 22), (5, 29), (1, 5)])

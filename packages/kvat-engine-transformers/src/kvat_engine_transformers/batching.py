@@ -18,6 +18,8 @@ from kvat_engine_transformers.sectors import spare_blocks
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""
 _BATCHING = "continuous_batching_config"
+_STOPS = ("max_time", "stop_strings")
+"""What ends a call of `generate` beside its length and the tokens that end a sequence."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,32 @@ def arguments(model: PreTrainedModel, fields: Mapping[str, Any]) -> dict[str, An
     blocks = batch["num_blocks"] + spare_blocks(model.config.get_text_config())
     config = copy.deepcopy(model.generation_config)
     config.update(**{name: value for name, value in fields.items() if name != _BATCHING})
+    # As generate does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
+    config.update(**config._get_default_generation_params(), defaults_only=True)
     return {"generation_config": config, _BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
 
 
+def mask(model: PreTrainedModel, input_ids: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
+    """Where `generate` sees tokens if nobody tells it: not where there is padding, unless that ends a sequence, too."""
+    config = arguments(model, fields)["generation_config"]
+    own: Any = model
+    own._prepare_special_tokens(config, False, device=input_ids.device)
+    inferred: torch.Tensor = own._prepare_attention_mask_for_generation(input_ids, config, {})
+    return inferred
+
+
 def unserved(model: PreTrainedModel, fields: Mapping[str, Any]) -> str | None:
-    """Why `generate_batch` would not choose tokens as `generate` does with the same arguments, or None."""
+    """What of a call `generate_batch` would leave out, so that it chose or ended otherwise than `generate`, or None.
+
+    Args:
+        model: the live model, whose generation_config counts where the fields say nothing.
+        fields: arguments of a recipe, or of a call by one.
+    """
     config = arguments(model, fields)["generation_config"]
     if (config.num_beams or 1) > 1:
         return f"generate_batch has no beams, and num_beams is {config.num_beams}"
+    if (stops := next((name for name in _STOPS if getattr(config, name) is not None), None)) is not None:
+        return f"generate_batch does not stop by {stops}, which the generation_config sets"
     own: Any = model
     # As generate does: without tensors of what ends a sequence, some processors would not be made.
     own._prepare_special_tokens(config, True, device=model.device)

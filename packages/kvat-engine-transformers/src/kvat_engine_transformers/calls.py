@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvat_core.engine import EngineError
@@ -64,12 +65,18 @@ def carry_out(
         # A compiled one keeps the longest length, since another one would be compiled anew.
         leftovers.forget_length(model)
     measured = {name: value for name, value in actions.arguments(recipe).items() if name not in leave}
+    asked = _effective(model, measured, options)
+    _require_reordering(asked)
+    if asked.return_dict_in_generate:
+        recipe = _without_inference_mode(recipe)
     with translated(), _switched(model, recipe), actions.entered(recipe):
         if recipe.call == "generate_batch":
             return _generate_batch(model, input_ids, {**measured, "max_new_tokens": new_tokens}, options)
         if recipe.call != "generate":
             raise NotBegun(f"this kvat-engine-transformers cannot call {recipe.call} for a plan")
-        return generate(input_ids=input_ids, **_merged(measured, options))
+        output = generate(input_ids=input_ids, **merged(model, measured, options))
+    # What comes of inference mode cannot be changed in place outside of it; a copy can.
+    return output.clone() if isinstance(output, torch.Tensor) else output
 
 
 def new_tokens(model: PreTrainedModel, prompt_tokens: int, options: Mapping[str, Any]) -> int:
@@ -84,13 +91,52 @@ def new_tokens(model: PreTrainedModel, prompt_tokens: int, options: Mapping[str,
 
 def decodes_otherwise(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
     """Whether a call asks for assisted or custom decoding, which has a cache and an order of calls of its own."""
+    custom = options.get("custom_generate") is not None
+    mode = _effective(model, {}, options).get_generation_mode(options.get("assistant_model"))
+    return custom or mode not in _USUAL_MODES
+
+
+def merged(model: PreTrainedModel, measured: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`: what was measured, beneath what the caller asks for by name or in a `generation_config`.
+
+    Args:
+        model: whose own generation_config comes last.
+        measured: by name.
+        options: of the caller.
+    """
+    if options.get("generation_config") is None:
+        return {**measured, **options}
+    config = copy.deepcopy(options["generation_config"])
+    beneath = {name: value for name, value in measured.items() if getattr(config, name, None) is None}
+    for name, value in beneath.items():
+        setattr(config, name, value)
+    # None in a config leaves it to the model's own, and only an argument of that name does not.
+    own = vars(model.generation_config)
+    off = {name: None for name, value in beneath.items() if value is None and own.get(name) is not None}
+    return {**off, **options, "generation_config": config}
+
+
+def _effective(model: PreTrainedModel, measured: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
+    """What a call comes to: the model's own habits, above them what was measured, and what the caller asks for."""
     config, asked = copy.deepcopy(model.generation_config), options.get("generation_config")
-    for source in ({} if asked is None else vars(asked), options):
+    for source in (measured, {} if asked is None else vars(asked), options):
         for name, value in source.items():
             if value is not None and hasattr(config, name):
                 setattr(config, name, value)
-    custom = options.get("custom_generate") is not None
-    return custom or config.get_generation_mode(options.get("assistant_model")) not in _USUAL_MODES
+    return config
+
+
+def _require_reordering(asked: GenerationConfig) -> None:
+    """Refuse beams with a quantised cache where Transformers, as 5.17 does, reorders only what is not quantised yet."""
+    quantised, beams = asked.cache_implementation == "quantized", (asked.num_beams or 1) > 1
+    if quantised and beams and "reorder_cache" not in vars(QuantizedLayer):
+        raise NotBegun("this version of transformers cannot reorder a quantised cache, as beams need it")
+
+
+def _without_inference_mode(recipe: Recipe) -> Recipe:
+    """The same in the mode of `generate` itself, so that a cache that is handed back is of use outside the call."""
+    others = tuple(call for call in recipe.context if call.name != "torch.inference_mode")
+    return recipe.model_copy(update={"context": others})
 
 
 @contextmanager
@@ -118,17 +164,6 @@ def _attend_by(model: PreTrainedModel, attention: str) -> None:
         raise NotBegun(f"the attention of a loaded {type(model).__name__} cannot be changed")
 
 
-def _merged(measured: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, beneath what the caller asks for by name or in a `generation_config`."""
-    if options.get("generation_config") is None:
-        return {**measured, **options}
-    config = copy.deepcopy(options["generation_config"])
-    for name, value in measured.items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    return {**options, "generation_config": config}
-
-
 def _generate_batch(
     model: PreTrainedModel, input_ids: torch.Tensor, measured: Mapping[str, Any], options: Mapping[str, Any]
 ) -> torch.Tensor:
@@ -136,6 +171,8 @@ def _generate_batch(
     asked = {name: value for name, value in options.items() if value is not None}
     if strange := next((name for name in asked if name not in _OF_A_BATCH), None):
         raise NotBegun(f"generate_batch takes no {strange}")
+    if model.generation_config.return_dict_in_generate:
+        raise NotBegun("generate_batch hands back tokens alone, and the generation_config has return_dict_in_generate")
     mask = asked.pop("attention_mask", None)
     if "eos_token_id" in options and options["eos_token_id"] is None:
         asked["eos_token_id"] = batching.NO_END_OF_SEQUENCE
@@ -144,7 +181,7 @@ def _generate_batch(
         raise NotBegun(f"generate_batch cannot generate {arguments['max_new_tokens']} tokens")
     if (reason := batching.unserved(model, arguments)) is not None:
         raise NotBegun(reason)
-    real = torch.ones_like(input_ids) if mask is None else mask
+    real = batching.mask(model, input_ids, arguments) if mask is None else mask
     rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, real, strict=True)]
     answers = [request.output_ids for request in batching.generate(model, rows, arguments)]
     return joined(input_ids, answers, model.generation_config, dict(options))

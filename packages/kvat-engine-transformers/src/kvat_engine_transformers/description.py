@@ -43,12 +43,10 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
             raise UsageError(f"{model.id} has the config of a quantised checkpoint; random weights are plain numbers")
         quantisation.require_loadable(model.id, config, device, options)
     text = config.get_text_config(decoder=True)
-    if not _known(text, "num_attention_heads"):
-        raise UsageError(f"{model.id} has no attention, so it keeps no KV cache to tune; choose a model with attention")
+    _require_attention(model.id, text)
     dtype = _dtype(model.id, config, source)
     skeleton, without_sdpa = _skeleton(config, getattr(torch, dtype))
-    if refused := architecture.refusal(skeleton):
-        raise UsageError(f"{model.id} {refused}; choose a causal language model with a KV cache")
+    _require_cache(model.id, skeleton)
     plain_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
     # What a packed number takes is known of the files alone; some methods unpack them in memory.
     weight_bytes = plain_bytes if packed is None else _file_bytes(source.path)
@@ -79,8 +77,17 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
 
 
 def describe_loaded(model: PreTrainedModel) -> ModelShape:
-    """What decides which settings a model that is loaded can be given; nothing of its weights, which are there."""
-    text = model.config.get_text_config(decoder=True)
+    """What decides which settings a model that is loaded can be given; nothing of its weights, which are there.
+
+    Raises:
+        UsageError: it generates no text, or keeps no cache to tune.
+    """
+    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    if not model.can_generate():
+        raise UsageError(f"{name} does not generate text; choose a causal language model")
+    _require_decoder_only(name, model.config.is_encoder_decoder)
+    _require_attention(name, text)
+    _require_cache(name, model)
     without_sdpa = None if type(model)._supports_sdpa else f"Transformers has no SDPA for {model.config.model_type}"
     return ModelShape(
         architecture=str(model.config.model_type),
@@ -116,13 +123,27 @@ def _require_text_generation(model_id: str, config: dict[str, Any]) -> None:
         if "auto_map" in config:
             raise UsageError(f"{model_id} needs code from its repository, which kvat never runs; choose another model")
         raise UsageError(f"this version of transformers does not know the model type {model_type} of {model_id}")
-    if config.get("is_encoder_decoder"):
-        raise UsageError(f"{model_id} is an encoder-decoder; kvat tunes decoder-only models")
+    _require_decoder_only(model_id, bool(config.get("is_encoder_decoder")))
     generating: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     names = generating if isinstance(generating, (tuple, list)) else (generating,)
     if generating is None or (architectures and not set(architectures) & set(names)):
         what = architectures[0] if architectures else model_type
         raise UsageError(f"{model_id} is a {what}, which does not generate text; choose a causal language model")
+
+
+def _require_decoder_only(name: str, is_encoder_decoder: bool) -> None:
+    if is_encoder_decoder:
+        raise UsageError(f"{name} is an encoder-decoder; kvat tunes decoder-only models")
+
+
+def _require_attention(name: str, text: PreTrainedConfig) -> None:
+    if not _known(text, "num_attention_heads"):
+        raise UsageError(f"{name} has no attention, so it keeps no KV cache to tune; choose a model with attention")
+
+
+def _require_cache(name: str, model: PreTrainedModel) -> None:
+    if refused := architecture.refusal(model):
+        raise UsageError(f"{name} {refused}; choose a causal language model with a KV cache")
 
 
 def _require_safetensors(model_id: str, path: Path) -> None:

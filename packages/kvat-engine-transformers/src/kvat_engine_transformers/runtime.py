@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -30,10 +30,10 @@ from kvat_core.schema import (
 )
 from kvat_engine_transformers import headroom, kept, knobs, leftovers, live
 from kvat_engine_transformers.adapter import TransformersAdapter
-from kvat_engine_transformers.calls import NotBegun, carry_out, decodes_otherwise, new_tokens
+from kvat_engine_transformers.calls import NotBegun, carry_out, decodes_otherwise, merged, new_tokens
 from kvat_engine_transformers.description import describe_loaded, describe_model
 from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.differences import differences
+from kvat_engine_transformers.differences import differences, of_cache
 from kvat_engine_transformers.generation_config import DECODING
 from kvat_engine_transformers.naming import RANDOM
 from kvat_engine_transformers.plan_warnings import FallbackWarning, PlanWarning, tell
@@ -42,6 +42,7 @@ from kvat_engine_transformers.usable import Usable, usable
 
 _FALLS_BACK: tuple[FailureKind, ...] = ("oom_device", "oom_host", "unsupported")
 """After these another candidate may do; whatever else happens is the caller's to know."""
+_GREEDILY = {"do_sample": False, "num_beams": 1}
 _PATCHED = "_kvat_original"
 
 
@@ -64,7 +65,8 @@ def load_plan(
         allow_download: whether a hub model may be fetched.
 
     Raises:
-        UsageError: no plan, one of another engine or with settings that this version does not know, or no such model.
+        UsageError: no plan, one of another engine or with settings that this version does not know, no such model, or
+            one that has nothing to tune.
         NothingFeasible: the plan has no winner, or none of its candidates can run here.
         EngineError: the model cannot be loaded; the reason is one line.
     """
@@ -136,9 +138,11 @@ class PlannedModel:
                 counts as padding.
 
         Raises:
+            UsageError: there are no rows of tokens.
             NothingFeasible: no candidate of the plan can serve such a call.
             torch.OutOfMemoryError: and whatever else `model.generate` raises, once no other candidate is left.
         """
+        _require_tensor(input_ids)
         mask = {} if "attention_mask" in options else {"attention_mask": torch.ones_like(input_ids)}
         return self._follow(input_ids, max_new_tokens, {**mask, **options, "max_new_tokens": max_new_tokens}, leave=())
 
@@ -175,12 +179,10 @@ class PlannedModel:
             raise UsageError(f"input_ids have {input_ids.dim()} dimensions; give one row per prompt")
         if input_ids.numel() == 0:
             raise UsageError(f"input_ids of shape {tuple(input_ids.shape)} hold no token; give at least one per prompt")
-        if any(options.get(name) is not None for name in kept.NAMES):
-            tell(PlanWarning, "the call brings a cache of its own; the plan is not used for it")
-            return self._original(input_ids=input_ids, **options)
-        if decodes_otherwise(self.model, options):
-            tell(PlanWarning, "the call asks for assisted or custom decoding; the plan is not used for it")
-            return self._original(input_ids=input_ids, **options)
+        if (unplanned := self._unplanned(options)) is not None:
+            tell(PlanWarning, f"the call {unplanned}; the plan is not used for it")
+            greedily = {name: value for name, value in _GREEDILY.items() if name not in leave}
+            return self._original(input_ids=input_ids, **merged(self.model, greedily, options))
         batch_size, prompt_tokens = input_ids.shape
         # A scenario has a decode step at least; how many tokens come about is the options' to say.
         scenario = Scenario(prompt_tokens=prompt_tokens, output_tokens=max(2, new_tokens), batch_size=batch_size)
@@ -201,6 +203,14 @@ class PlannedModel:
             failed, candidate = candidate, _next(left, situation, failure)
             self._release(failure)
             tell(FallbackWarning, f"{failed.label} failed: {failure.reason}; going on with {candidate.label}")
+
+    def _unplanned(self, options: Mapping[str, Any]) -> str | None:
+        """What a call does that no plan was made for, or None."""
+        if any(options.get(name) is not None for name in kept.NAMES):
+            return "brings a cache of its own"
+        if decodes_otherwise(self.model, options):
+            return "asks for assisted or custom decoding"
+        return None
 
     def _situation(self, prompt_tokens: int, batch_size: int) -> Situation:
         return Situation(
@@ -242,7 +252,7 @@ def _target(plan: Plan, model: ModelRef, device: str) -> Target:
 
 def _bound(plan: Plan, model: PreTrainedModel, requests: int | None) -> PlannedModel:
     probe, shape = probe_device(live.name_of(model.device), {}), describe_loaded(model)
-    _tell_differences(plan, probe, shape)
+    _tell([*differences(plan, probe, shape), *of_cache(plan, model.config)])
     return PlannedModel(plan, model, shape, probe, requests)
 
 
@@ -252,7 +262,7 @@ def _loaded(plan: Plan, asked: ModelRef, requests: int | None) -> PlannedModel:
     except UsageError:  # not here; the one that is taken instead is named
         probe = probe_device(None, plan.engine.options)
     shape = describe_model(asked, probe.device, plan.engine.options)
-    _tell_differences(plan, probe, shape)
+    _tell(differences(plan, probe, shape))
     first = usable(plan, shape, probe, loaded_dtype=None).resolve(Situation(requests=requests))
     made = recipe(first.settings, plan.profile.scenarios[0], _target(plan, asked, probe.device))
     return PlannedModel(plan, _load(made), shape, probe, requests)
@@ -269,8 +279,13 @@ def _load(made: Recipe) -> PreTrainedModel:
     return adapter.model
 
 
-def _tell_differences(plan: Plan, probe: Probe, shape: ModelShape) -> None:
-    if different := "; ".join(differences(plan, probe, shape)):
+def _require_tensor(input_ids: object) -> None:
+    if not isinstance(input_ids, torch.Tensor):
+        raise UsageError(f"a {type(input_ids).__name__} is no tensor; of what a tokenizer returns pass its input_ids")
+
+
+def _tell(found: Iterable[str]) -> None:
+    if different := "; ".join(found):
         tell(PlanWarning, f"not what the plan was made for: {different}; tune again for figures that hold here")
 
 
