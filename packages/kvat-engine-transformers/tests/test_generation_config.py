@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from kvat_core import Plan, Scenario, config_change
 from kvat_core.errors import UsageError
@@ -31,7 +31,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("settings", "kind", "arguments"),
     [
-        ({}, "DynamicCache", {"cache_implementation": "dynamic"}),
+        ({}, "DynamicCache", {"use_cache": True}),
         ({"cache": "static"}, "StaticCache", {"cache_implementation": "static", "disable_compile": True}),
         ({"prefill_chunk": "128"}, "DynamicCache", {"prefill_chunk_size": 128}),
     ],
@@ -53,6 +53,22 @@ def test_from_pretrained_generates_with_the_winners_cache(
     assert type(cache_of(output)).__name__ == kind
     longer = model.generate(IDS.repeat(1, 20), max_new_tokens=3, eos_token_id=None)
     assert longer.shape == (1, 243)
+
+
+def test_calls_may_still_bring_a_cache_of_their_own(make_plan: MakePlan, directory: Path) -> None:
+    def generated(**options: Any) -> int:
+        model, cache = AutoModelForCausalLM.from_pretrained(directory), DynamicCache()
+        model.generate(IDS, past_key_values=cache, max_new_tokens=3, eos_token_id=None, **options)
+        return int(cache.get_seq_length())
+
+    static = config_change(make_plan({"winner": {"cache": "static"}}), directory)
+    static.write()
+    with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+        generated()
+    assert any(line.startswith("past_key_values needs cache_implementation=None beside it") for line in static.left)
+    assert generated(cache_implementation=None) == 14
+    config_change(make_plan({"winner": {}}), directory).write()
+    assert generated() == 14
 
 
 def test_options_of_a_cache_are_carried(make_plan: MakePlan, directory: Path) -> None:
@@ -109,7 +125,15 @@ def test_what_a_directory_says_of_other_things_stays(make_plan: MakePlan, direct
 def test_what_does_not_fit_is_named(
     make_plan: MakePlan, directory: Path, settings: Mapping[str, str], lost: list[str]
 ) -> None:
-    assert list(config_change(make_plan({"winner": {**OWN_THREADS, **settings}}), directory).lost) == lost
+    plan = make_plan({"winner": {**OWN_THREADS, **settings}, "default": OWN_THREADS})
+    assert list(config_change(plan, directory).lost) == lost
+
+
+def test_attention_that_a_model_has_by_itself_is_not_asked_for(make_plan: MakePlan, directory: Path) -> None:
+    eager = {"attention": "eager", **OWN_THREADS}
+    assert config_change(make_plan({"default": eager}), directory).lost == ()
+    chosen = config_change(make_plan({"attention=eager": eager}), directory)
+    assert chosen.lost == ("attn_implementation=eager, for from_pretrained",)
 
 
 def test_without_a_config_the_dtype_has_to_be_asked_for(make_plan: MakePlan, tmp_path: Path) -> None:
@@ -121,7 +145,8 @@ def test_lengths_are_left_to_each_call(make_plan: MakePlan, directory: Path) -> 
     static = config_change(make_plan({"winner": {"cache": "static"}}), directory)
     assert "max_cache_len" not in json.loads(static.text)
     assert "max_new_tokens" not in json.loads(static.text)
-    assert [line.split()[0] for line in static.left] == ["max_new_tokens", "do_sample", "max_cache_len"]
+    names = [line.split()[0] for line in static.left]
+    assert names == ["max_new_tokens", "do_sample", "past_key_values", "max_cache_len"]
     dynamic = config_change(make_plan({"winner": {}}), directory)
     assert [line.split()[0] for line in dynamic.left] == ["max_new_tokens", "do_sample"]
 

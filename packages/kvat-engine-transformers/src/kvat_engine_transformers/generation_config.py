@@ -13,6 +13,7 @@ from kvat_core.engine import ConfigFile
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Plan, Recipe, Target
 from kvat_engine_transformers import knobs
+from kvat_engine_transformers.caches import CACHES
 from kvat_engine_transformers.recipes import recipe
 from kvat_engine_transformers.winner import winners_recipe
 
@@ -20,6 +21,9 @@ FILE = "generation_config.json"
 
 CARRIED = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
 """Arguments of `generate` that `GenerationConfig` reads from the file and hands on."""
+
+_BY_ITSELF = CACHES["dynamic"].implementation
+"""The cache that needs no word; with one, Transformers refuses calls that bring a cache of their own."""
 
 DECODING = ("do_sample", "num_beams")
 """What is generated is the caller's business; how, is the plan's."""
@@ -45,22 +49,25 @@ def config_file(plan: Plan, folder: Path) -> ConfigFile:
     if wanted.call != "generate":
         raise UsageError(f"the winner runs by {wanted.call}, which takes no defaults from {FILE}; apply it as code")
     target = Target(model=ModelRef(id=plan.model.id), device=plan.machine.device)
-    plain = recipe(_plain_settings(folder, plan.require_winner().settings), plan.profile.scenarios[0], target)
+    plain = recipe(_plain_settings(folder, plan), plan.profile.scenarios[0], target)
     return ConfigFile(
         name=FILE,
-        values={name: value for name in CARRIED if (value := wanted.arguments.get(name)) is not None},
+        values={name: value for name in CARRIED if (value := wanted.arguments.get(name)) not in (None, _BY_ITSELF)},
         replaces=_REPLACES,
         lost=tuple(_lost(wanted, plain)),
         left=tuple(_left(wanted)),
     )
 
 
-def _plain_settings(folder: Path, winner: Mapping[str, str]) -> dict[str, str]:
-    """What Transformers does by itself with a model of this directory, as far as the directory tells."""
-    stored = _stored_dtype(folder)
+def _plain_settings(folder: Path, plan: Plan) -> dict[str, str]:
+    """What Transformers does by itself with a model of this directory, as far as the directory and the plan tell."""
+    stored, today = _stored_dtype(folder), plan.incumbent
     # Where nothing is known, another dtype than the winner's makes it one that has to be asked for.
-    unknown = next(name for name in knobs.DTYPES if name != winner["dtype"])
-    return {**knobs.defaults(), "dtype": stored if stored in knobs.DTYPES else unknown}
+    unknown = next(name for name in knobs.DTYPES if name != plan.require_winner().settings["dtype"])
+    # A label names what is not by itself so. Without SDPA, eager is.
+    chosen = any(part.startswith("attention=") for part in today.label.split())
+    attention = {} if chosen else {"attention": today.settings["attention"]}
+    return {**knobs.defaults(), **attention, "dtype": stored if stored in knobs.DTYPES else unknown}
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -106,6 +113,11 @@ def _text(value: JsonValue) -> str:
 def _left(wanted: Recipe) -> Iterator[str]:
     yield "max_new_tokens stays with each call"
     yield f"{' and '.join(DECODING)} stay with the model and each call; measured was greedy decoding of one beam"
+    if wanted.arguments["cache_implementation"] != _BY_ITSELF:
+        yield (
+            "past_key_values needs cache_implementation=None beside it: while the file names a cache, Transformers "
+            "refuses a call that brings one"
+        )
     if "max_cache_len" in wanted.arguments:
         yield (
             "max_cache_len is left out: generate makes each static cache as long as its call needs, but never shorter "
