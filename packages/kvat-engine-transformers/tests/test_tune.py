@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import CompileConfig
 
 from kvat_core import Plan, Profile, TuneRequest, tune
 from kvat_core.engine import Probe
@@ -20,15 +22,19 @@ from kvat_core.schema import (
     CandidateEntry,
     Choice,
     FirstCall,
+    ModelRef,
     ModelShape,
     Objective,
     PromptSource,
+    Recipe,
     Scenario,
     Space,
+    Target,
 )
 from kvat_core.space import enumerate_candidates
-from kvat_engine_transformers import TransformersEngine, knobs
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, actions, handover, knobs
 from kvat_engine_transformers.caches import CACHES
+from kvat_engine_transformers.recipes import STEP_TOKENS, recipe
 
 QUICK = Profile(
     name="quick",
@@ -40,6 +46,7 @@ QUICK = Profile(
 )
 
 
+Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 ONE_LOAD = {"attention": "sdpa", "dtype": "bfloat16"}
 
 
@@ -189,11 +196,11 @@ def test_without_a_compiler_a_compiled_candidate_is_unsupported(
     assert all("found none; install g++" in (candidate.reason or "") for candidate in compiled)
 
 
-def reachable(space: Space) -> list[CandidateEntry]:
-    """Every candidate that some device could be given."""
+def reachable(space: Space, devices: Sequence[str] = ("cpu", "cuda:0", "mps")) -> list[CandidateEntry]:
+    """Every candidate that one of the devices could be given."""
     shape = ModelShape(architecture="llama", layers=2, attention=("full", "full"), dtype="bfloat16")
     found: dict[str, CandidateEntry] = {}
-    for device in ("cpu", "cuda:0", "mps"):
+    for device in devices:
         probe = Probe(device=device, versions={}, threads=1)
         entries = enumerate_candidates(
             knobs.space(shape, probe, None),
@@ -230,7 +237,7 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
         ast.parse(text)
         assert ("import kvat" in text or "from kvat" in text) == model_id.startswith(("builtin:", "random:"))
         assert f"torch.{candidate.settings['dtype']}" in text
-        assert ("torch.inference_mode()" in text) == (candidate.settings["grad_mode"] == "inference_mode")
+        assert ("torch.inference_mode(" in text) == (candidate.settings["grad_mode"] == "inference_mode")
         assert ("sdpa_kernel(" in text) == candidate.settings["attention"].startswith("sdpa_")
         settings, kind = candidate.settings, CACHES[candidate.settings["cache"]]
         assert ('"max_cache_len": input_ids.shape[1] + max_new_tokens' in text) == kind.static
@@ -240,6 +247,86 @@ def test_every_candidate_has_a_snippet_that_parses_and_carries_its_recipe(
         )
         assert ("model.generate_batch(" in text) == (settings["cache"] == "paged")
         assert all(f'"{name}": {value!r}'.replace("'", '"') in text for name, value in kind.quantised.items())
+
+
+KERNELS = {
+    "MATH": torch.backends.cuda.math_sdp_enabled,
+    "FLASH_ATTENTION": torch.backends.cuda.flash_sdp_enabled,
+    "EFFICIENT_ATTENTION": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "CUDNN_ATTENTION": torch.backends.cuda.cudnn_sdp_enabled,
+}
+"""Whether a kernel of SDPA may be chosen, whatever the device."""
+
+
+def recipes_of_the_cpu(call: str, scenario: Scenario) -> list[Recipe]:
+    """One of each that is handed over as other code."""
+    target = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=1)
+    entries = reachable("full", devices=["cpu"])
+    made = [recipe(entry.candidate.settings, scenario, target) for entry in entries]
+    return list({handover.source(one, STEP_TOKENS): one for one in made if one.call == call}.values())
+
+
+def comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {torch.Tensor: torch.Tensor.tolist, CompileConfig: vars}
+    return {name: plain.get(type(value), lambda same: same)(value) for name, value in arguments.items()}
+
+
+def test_every_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer than any chunk.
+    scenario = Scenario(prompt_tokens=2 * max(knobs.PREFILL_CHUNKS), output_tokens=3)
+    ids = torch.arange(scenario.prompt_tokens)[None]
+    adapter, _ = prepared("builtin:llama")
+    seen: list[tuple[dict[str, Any], bool, set[str]]] = []
+
+    def allowed() -> set[str]:
+        return {kernel for kernel, is_enabled in KERNELS.items() if is_enabled()}
+
+    def generate(**arguments: Any) -> torch.Tensor:
+        seen.append((arguments, torch.is_inference_mode_enabled(), allowed()))
+        return ids
+
+    monkeypatch.setitem(vars(adapter.model), "generate", generate)
+    made = recipes_of_the_cpu("generate", scenario)
+    for one in made:
+        handover.imported(one, STEP_TOKENS).generate(adapter.model, ids, 3)
+        arguments, in_inference_mode, kernels = seen.pop()
+        expected = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **actions.arguments(one)}
+        assert comparable(arguments) == comparable(expected)
+        assert in_inference_mode == (actions.grad_mode(one) == "inference_mode")
+        forced = actions.forced_kernel(one)
+        assert kernels == (allowed() if forced is None else {forced})
+    assert {one.arguments["cache_implementation"] for one in made} >= {"dynamic", "static"}
+    assert {one.arguments["prefill_chunk_size"] for one in made} == {None, *knobs.PREFILL_CHUNKS}
+    assert {actions.forced_kernel(one) for one in made} == {None, "MATH", "FLASH_ATTENTION"}
+
+
+def test_every_paged_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = Scenario(prompt_tokens=300, output_tokens=3, batch_size=2)
+    ids = torch.stack([torch.arange(300), torch.arange(300).flip(0)])
+    adapter, _ = prepared("builtin:llama")
+    run, seen = adapter.model.generate_batch, []
+
+    def generate_batch(rows: list[list[int]], **arguments: Any) -> Any:
+        seen.append({name: dict(vars(arguments[name])) for name in ("generation_config", "continuous_batching_config")})
+        return run(rows, **arguments)
+
+    greedy = adapter.model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    monkeypatch.setitem(vars(adapter.model), "generate_batch", generate_batch)
+    made = recipes_of_the_cpu("generate_batch", scenario)
+    for one in made:
+        output = handover.imported(one, STEP_TOKENS).generate(adapter.model, ids, 3, eos_token_id=None)
+        assert torch.equal(output, greedy)
+        expected = dict(one.arguments)
+        pool = expected.pop("continuous_batching_config")
+        assert isinstance(pool, dict)
+        found = seen.pop()
+        assert expected.items() <= found["generation_config"].items()
+        assert pool.items() <= found["continuous_batching_config"].items()
+    assert len(made) == len(("shared blocks", "blocks of their own"))
 
 
 def test_the_snippet_keeps_the_chunks_of_the_longest_prompt(make_plan: Callable[..., Plan]) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import pprint
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def generate(model, input_ids, max_new_tokens, **options):
     """Generate greedily, as it was measured; every call has a cache of its own.
 
     `options` go to `model.generate` and come before what was measured: an attention mask for padded
-    prompts, for example, or `do_sample=True`.{compiles}
+    prompts, for example, `do_sample=True`, or what a `generation_config` sets.{notes}
     """
 {body}
 '''
@@ -32,15 +32,21 @@ _GENERATE_BATCH = '''\
 def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     """Answers of Transformers' continuous batching, in the order of the prompts, with the time of each token.
 
-    `options` change its generation config and come before what was measured, `do_sample=True` for example. Where
-    `attention_mask` is 0 there is no token: nothing is padded here.
+    `options` change its generation config and come before what was measured, `do_sample=True` for example; those
+    that it cannot serve are a TypeError. Where `attention_mask` is 0 there is no token: nothing is padded here.
     """
+    served = ("do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "eos_token_id", "pad_token_id")
+    if strange := next((name for name in options if name not in served), None):
+        raise TypeError(f"generate_batch does not serve {{strange}}; leave it out, or call model.generate")
     prompts = input_ids.tolist()
     if attention_mask is not None:
         prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
     pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
     config = copy.deepcopy(model.generation_config)
-    config.update(**{{**{generation}, "max_new_tokens": max_new_tokens, **options}})
+    # As `generate` does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
+    config.update(**config._get_default_generation_params(), defaults_only=True)
+    measured = {generation}
+    config.update(**{{**measured, "max_new_tokens": max_new_tokens, **options}})
     # Left to itself, the pool takes nearly all the memory that is free.
     batching = ContinuousBatchingConfig(
         page_size={page_tokens},
@@ -73,8 +79,20 @@ def generate(model, input_ids, max_new_tokens, **options):
     return joined(input_ids, [answer.generated_tokens for answer in found], model.generation_config, options)
 '''
 
-_COMPILES = """ The first call compiles, and so does the first one of another
-    length; what was measured is one length at a time, compiled."""
+_COMPILES = """
+
+    The first call compiles, and so does the first one of another length; what was measured is one length at a time,
+    compiled."""
+
+_STATIC = """
+
+    Transformers makes no static cache shorter than the longest one of the model before: after a long call, a short
+    one takes as much memory, and more time than was measured."""
+
+_WITH_CACHE = """\
+# Outside inference mode its tensors cannot be changed in place: of ids there is a copy, a cache is made without.
+with_cache = any(one.get("return_dict_in_generate") for one in (options, asked, vars(model.generation_config)))\
+"""
 
 _OF_THE_PROMPTS = ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch")
 
@@ -88,7 +106,7 @@ def source(shown: Recipe, step_tokens: int) -> str:
     """
     if shown.call == "generate_batch":
         return _generate_batch(shown, step_tokens)
-    return _GENERATE.format(body="\n".join(_body(shown)), compiles=_COMPILES if shown.compiles else "")
+    return _GENERATE.format(body="\n".join(_body(shown)), notes="".join(_notes(shown)))
 
 
 def imported(shown: Recipe, step_tokens: int) -> Any:
@@ -150,25 +168,49 @@ def _function(file: str, name: str) -> str:
     return str(ast.get_source_segment(text, node))
 
 
+def _notes(shown: Recipe) -> Iterator[str]:
+    """What callers have to know of some recipes alone."""
+    if shown.compiles:
+        yield _COMPILES
+    if "max_cache_len" in shown.arguments:
+        yield _STATIC
+
+
 def _body(shown: Recipe) -> list[str]:
-    call = ["return model.generate(input_ids=input_ids, **{**measured, **options})"]
+    measured = {name: value for name, value in shown.arguments.items() if name != "max_new_tokens"}
     setup = [
         *_compile_lines(shown.arguments.get("compile_config")),
         "measured = {",
         '    "attention_mask": torch.ones_like(input_ids),',
-        *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in shown.arguments.items()),
+        *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in measured.items()),
         "}",
+        'asked = vars(options["generation_config"]) if options.get("generation_config") else {}',
+        "measured = {name: value for name, value in measured.items() if asked.get(name) is None}",
     ]
-    if shown.context:
-        contexts = ", ".join(_context(one) for one in shown.context)
-        call = [f"with {contexts}:", *(f"    {line}" for line in call)]
-    return [f"    {line}" for line in [*setup, *call]]
+    return [f"    {line}" for line in [*setup, *_call_lines(shown)]]
+
+
+def _call_lines(shown: Recipe) -> list[str]:
+    call = "model.generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **{**measured, **options})"
+    if not shown.context:
+        return [f"return {call}"]
+    within = f"with {', '.join(_context(one) for one in shown.context)}:"
+    if not _in_inference_mode(shown):
+        return [within, f"    return {call}"]
+    return [
+        *_WITH_CACHE.splitlines(),
+        within,
+        f"    output = {call}",
+        "return output.clone() if isinstance(output, torch.Tensor) else output",
+    ]
+
+
+def _in_inference_mode(shown: Recipe) -> bool:
+    return any(call.name == "torch.inference_mode" for call in shown.context)
 
 
 def _argument(name: str, value: JsonValue) -> str:
     """Lengths come from the call; everything else is as measured."""
-    if name == "max_new_tokens":
-        return "max_new_tokens"
     if name == "max_cache_len":
         return "input_ids.shape[1] + max_new_tokens"
     if name == "compile_config":
@@ -186,5 +228,5 @@ def _compile_lines(config: JsonValue) -> list[str]:
 
 def _context(call: ContextCall) -> str:
     if call.name == "torch.inference_mode":
-        return "torch.inference_mode()"
+        return "torch.inference_mode(not with_cache)"
     return f"sdpa_kernel(SDPBackend.{call.arguments[0]})"

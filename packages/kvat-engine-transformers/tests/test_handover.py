@@ -1,0 +1,137 @@
+"""The code that users take over, called as users may call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
+
+from kvat_core.schema import Recipe
+from kvat_engine_transformers import TransformersAdapter, handover
+from kvat_engine_transformers.recipes import STEP_TOKENS
+
+Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
+IDS = torch.arange(24, 48).reshape(2, 12)
+
+
+@pytest.fixture
+def handed_over(prepared: Prepared) -> Callable[..., tuple[Any, PreTrainedModel]]:
+    """The module that a user would import, and a model to call it with."""
+
+    def make(model_id: str = "builtin:llama", **settings: str) -> tuple[Any, PreTrainedModel]:
+        adapter, made = prepared(model_id, **settings)
+        return handover.imported(made, STEP_TOKENS), adapter.model
+
+    return make
+
+
+HandedOver = Callable[..., tuple[Any, PreTrainedModel]]
+
+
+def said_by(code: Any) -> str:
+    """The docstring, however its lines are broken."""
+    return " ".join(code.generate.__doc__.split())
+
+
+def test_what_a_generation_config_sets_comes_before_what_was_measured(handed_over: HandedOver) -> None:
+    code, model = handed_over(cache="dynamic")
+    asked = GenerationConfig(cache_implementation="static", return_dict_in_generate=True, max_new_tokens=9)
+    output = code.generate(model, IDS, 3, generation_config=asked)
+    assert isinstance(output.past_key_values, StaticCache)
+    # The number of tokens is said by whoever calls.
+    assert output.sequences.shape == (2, 12 + 3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_math"])
+def test_ids_from_inference_mode_are_the_callers_to_change(handed_over: HandedOver, attention: str) -> None:
+    code, model = handed_over(grad_mode="inference_mode", attention=attention)
+    output = code.generate(model, IDS, 3)
+    expected = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(output, expected)
+    output[:, 0] = 0
+    assert torch.equal(output[:, 1:], expected[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"return_dict_in_generate": True}, {"generation_config": GenerationConfig(return_dict_in_generate=True)}],
+    ids=["by name", "in a config"],
+)
+def test_a_cache_that_is_handed_back_is_of_use_outside_the_call(
+    handed_over: HandedOver, options: dict[str, object]
+) -> None:
+    code, model = handed_over(grad_mode="inference_mode", cache="static")
+    output = code.generate(model, IDS, 3, **options)
+    last = output.sequences[:, -1:]
+    with torch.no_grad():  # a static cache is changed in place
+        assert model(last, past_key_values=output.past_key_values).logits.shape[:2] == last.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "sticky", "compiles"),
+    [
+        ({"cache": "dynamic"}, False, False),
+        ({"cache": "static"}, True, False),
+        ({"cache": "static", "compile": "default"}, True, True),
+    ],
+    ids=str,
+)
+def test_the_code_says_what_a_static_cache_keeps(
+    handed_over: HandedOver, settings: dict[str, str], sticky: bool, compiles: bool
+) -> None:
+    code, _ = handed_over(**settings)
+    assert ("no static cache shorter than the longest one" in said_by(code)) == sticky
+    assert ("The first call compiles" in said_by(code)) == compiles
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_beams": 4},
+        {"repetition_penalty": 1.5},
+        {"return_dict_in_generate": True},
+        {"stopping_criteria": []},
+        {"logits_processor": LogitsProcessorList()},
+        {"generation_config": GenerationConfig(do_sample=True)},
+        {"streamer": TextStreamer},
+        {"do_smaple": True},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_batch_refuses_what_it_would_leave_out(handed_over: HandedOver, option: dict[str, object]) -> None:
+    code, model = handed_over(cache="paged")
+    (name,) = option
+    message = f"^generate_batch does not serve {name}; leave it out, or call model.generate$"
+    with pytest.raises(TypeError, match=message):
+        code.generate(model, IDS, 3, do_sample=True, **option)
+
+
+def test_a_batch_samples_from_what_generate_samples_from(
+    handed_over: HandedOver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, model = handed_over(cache="paged")
+    own: Any = model
+    build, seen = own._get_logits_processor, []
+
+    def build_and_note(*arguments: Any, **options: Any) -> Any:
+        made = build(*arguments, **options)
+        seen.append([(type(one).__name__, dict(vars(one))) for one in made])
+        return made
+
+    monkeypatch.setitem(vars(model), "_get_logits_processor", build_and_note)
+    for options in ({}, {"top_k": 5, "temperature": 0.5}, {"top_k": None, "top_p": 0.5}):
+        model.generate(IDS, max_new_tokens=2, do_sample=True, **options)
+        code.generate(model, IDS, 2, do_sample=True, **options)
+        by_generate, by_batch = seen
+        assert by_generate == by_batch != []
+        seen.clear()
+
+
+def test_a_batch_that_nothing_is_to_end_goes_on(handed_over: HandedOver, tiny_directory: Any) -> None:
+    # Every token of this model is an end-of-sequence token.
+    code, model = handed_over(str(tiny_directory), cache="paged", dtype="bfloat16")
+    assert code.generate(model, IDS, 4).shape == (2, 12 + 1)
+    assert code.generate(model, IDS, 4, eos_token_id=None).shape == (2, 12 + 4)
