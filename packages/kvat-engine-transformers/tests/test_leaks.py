@@ -19,7 +19,10 @@ from kvat_engine_transformers.recipes import recipe
 MODEL = "builtin:llama"
 USUAL, LONGER, SHORTER, OUTPUT = 160, 200, 120, 16
 LONGEST = Scenario(prompt_tokens=LONGER, output_tokens=OUTPUT)
-TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")
+TEXT = PromptSource(kind="text", value=Path(__file__).read_text())
+"""Long enough to say nothing twice: an answer to what repeats itself depends on the last time alone."""
+OTHER = PromptSource(kind="text", value=str(TEXT.value)[::-1])
+"""Of the requests of another length: what they leave behind shows where the usual one says something else."""
 VALUES: list[dict[str, str]] = [
     {"cache": "dynamic"},
     {"cache": "static"},
@@ -46,7 +49,8 @@ def fresh(kind: type[TransformersAdapter], settings: dict[str, str]) -> Transfor
 
 
 def answers(adapter: TransformersAdapter, *lengths: int) -> list[str]:
-    prompts = (adapter.make_prompt(TEXT, [tokens], nonce=tokens) for tokens in lengths)
+    texts = {tokens: TEXT if tokens == USUAL else OTHER for tokens in lengths}
+    prompts = (adapter.make_prompt(texts[tokens], [tokens], nonce=tokens) for tokens in lengths)
     return [adapter.answer(prompt, OUTPUT, LONGEST.total_tokens) for prompt in prompts]
 
 
