@@ -65,7 +65,9 @@ def test_calls_may_still_bring_a_cache_of_their_own(make_plan: MakePlan, directo
     static.write()
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         generated()
-    assert any(line.startswith("past_key_values needs cache_implementation=None beside it") for line in static.left)
+    assert any(
+        line.startswith("cache_implementation is to be None in a call that brings") for line in static.left
+    )
     assert generated(cache_implementation=None) == 14
     config_change(make_plan({"winner": {}}), directory).write()
     assert generated() == 14
@@ -146,7 +148,7 @@ def test_lengths_are_left_to_each_call(make_plan: MakePlan, directory: Path) -> 
     assert "max_cache_len" not in json.loads(static.text)
     assert "max_new_tokens" not in json.loads(static.text)
     names = [line.split()[0] for line in static.left]
-    assert names == ["max_new_tokens", "do_sample", "past_key_values", "max_cache_len"]
+    assert names == ["max_new_tokens", "do_sample", "cache_implementation", "max_cache_len"]
     dynamic = config_change(make_plan({"winner": {}}), directory)
     assert [line.split()[0] for line in dynamic.left] == ["max_new_tokens", "do_sample"]
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import JsonValue
 
 from kvat_core.engine import ConfigFile
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Plan, Recipe, Target
-from kvat_engine_transformers import knobs
+from kvat_engine_transformers import knobs, reading
 from kvat_engine_transformers.caches import CACHES
 from kvat_engine_transformers.recipes import recipe
 from kvat_engine_transformers.winner import winners_recipe
@@ -64,10 +64,11 @@ def _plain_settings(folder: Path, plan: Plan) -> dict[str, str]:
     stored, today = _stored_dtype(folder), plan.incumbent
     # Where nothing is known, another dtype than the winner's makes it one that has to be asked for.
     unknown = next(name for name in knobs.DTYPES if name != plan.require_winner().settings["dtype"])
-    # A label names what is not by itself so. Without SDPA, eager is.
-    chosen = any(part.startswith("attention=") for part in today.label.split())
-    attention = {} if chosen else {"attention": today.settings["attention"]}
-    return {**knobs.defaults(), **attention, "dtype": stored if stored in knobs.DTYPES else unknown}
+    plain = {**knobs.defaults(), "dtype": stored if stored in knobs.DTYPES else unknown}
+    # A label names what is not by itself so; attention by itself is eager for a model without SDPA.
+    if "attention=" not in today.label:
+        plain["attention"] = today.settings.get("attention", plain["attention"])
+    return plain
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -99,11 +100,12 @@ def _lost(wanted: Recipe, plain: Recipe) -> Iterator[str]:
 
 def _loading(one: Recipe) -> dict[str, JsonValue]:
     """Arguments of loading that decide how a model runs, by the names that Transformers has for them."""
-    extra = cast("Mapping[str, JsonValue]", one.load["extra"])
-    # Of the former two a file beside the model says nothing new; the third only tells launches apart.
-    beside = ("device", "revision", "compiled_for")
-    named = {"dtype": one.load["dtype"], "attn_implementation": one.load["attn_backend"], **extra}
-    return {name: value for name, value in named.items() if name not in beside}
+    return {
+        "dtype": one.load["dtype"],
+        "attn_implementation": reading.loaded_attention(one),
+        "threads": reading.threads(one),
+        "device_map": reading.device_map(one),
+    }
 
 
 def _text(value: JsonValue) -> str:
@@ -115,8 +117,8 @@ def _left(wanted: Recipe) -> Iterator[str]:
     yield f"{' and '.join(DECODING)} stay with the model and each call; measured was greedy decoding of one beam"
     if wanted.arguments["cache_implementation"] != _BY_ITSELF:
         yield (
-            "past_key_values needs cache_implementation=None beside it: while the file names a cache, Transformers "
-            "refuses a call that brings one"
+            "cache_implementation is to be None in a call that brings a cache of its own, which Transformers refuses "
+            "while the file names one"
         )
     if "max_cache_len" in wanted.arguments:
         yield (
