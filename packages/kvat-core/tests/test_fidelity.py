@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from kvat_core import Profile, TuneRequest, decide_again, likeness, tune
 from kvat_core.costs import spent_launches
-from kvat_core.engine import EngineError
+from kvat_core.engine import Answer, EngineError
 from kvat_core.errors import AllFailed
 from kvat_core.fake import FakeEngine
 from kvat_core.journal import read_journal
@@ -178,10 +178,26 @@ def test_two_fresh_processes_that_differ_are_no_leak(
     from kvat_core import fake
 
     answers = iter(range(100))
-    monkeypatch.setattr(fake._InProcessAdapter, "answer", lambda *_, **__: str(next(answers)))
+    monkeypatch.setattr(fake._InProcessAdapter, "answer", lambda *_, **__: Answer(tokens=str(next(answers))))
     plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
     assert plan.canary == "undetermined"
     assert any("two fresh processes answer the same request differently" in note for note in plan.notes)
+
+
+def test_predictions_that_differ_from_process_to_process_leave_it_to_the_tokens(
+    tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvat_core import fake
+
+    rounded = iter(range(100))
+
+    def answer(*_: Any, **__: Any) -> Answer:
+        return Answer(tokens="ever the same", predictions=str(next(rounded)))
+
+    monkeypatch.setattr(fake._InProcessAdapter, "answer", answer)
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
+    assert plan.canary == "clean"
+    assert any("predictions differ from process to process" in note for note in plan.notes)
 
 
 def test_random_weights_make_nothing_lossy_eligible(
@@ -283,9 +299,9 @@ def test_an_answer_that_depends_on_lengths_alone_is_no_leak(
 ) -> None:
     from kvat_core import fake
 
-    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> str:
+    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> Answer:
         self._longest = max(self._longest, prompt.tokens)
-        return f"{prompt.tokens} {self._longest}"
+        return Answer(tokens=f"{prompt.tokens} {self._longest}")
 
     monkeypatch.setattr(fake._InProcessAdapter, "answer", answer)
     plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained").plan
@@ -300,9 +316,9 @@ def test_what_is_left_of_the_text_of_a_request_is_a_leak(
 ) -> None:
     from kvat_core import fake
 
-    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> str:
+    def answer(self: Any, prompt: Any, max_new_tokens: int, longest_tokens: int) -> Answer:
         left, self._latest = self._latest, prompt.texts[0].split()[-1]
-        return f"{prompt.nonce} {left}"
+        return Answer(tokens="ever the same", predictions=f"{prompt.nonce} {left}")
 
     monkeypatch.setattr(fake._InProcessAdapter, "answer", answer)
     with pytest.raises(AllFailed, match="leak"):

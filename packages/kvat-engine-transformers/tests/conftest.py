@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -47,6 +51,30 @@ def _own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def with_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable[..., None]]:
+    """Installs the engines of a folder beside this file, by name; what it returns runs code that finds them."""
+
+    def install(folder: str, engines: Mapping[str, str]) -> Callable[..., None]:
+        site = tmp_path_factory.mktemp(folder)
+        shutil.copytree(Path(__file__).with_name(folder), site, dirs_exist_ok=True)
+        info = site / f"kvat_{folder}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kvat-{folder}\nVersion: 1.0\n")
+        lines = [f"{name} = kvat_{folder}:{engine}" for name, engine in engines.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[kvat.engines]", *lines, ""]))
+        path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+        def run(code: str, *arguments: str) -> None:
+            command, environment = [sys.executable, "-c", code, *arguments], {**os.environ, "PYTHONPATH": path}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+        return run
+
+    return install
 
 
 @cache

@@ -183,7 +183,7 @@ def test_the_code_that_is_handed_over_answers_unequal_prompts_as_they_are_timed(
     adapter, _ = prepared("builtin:llama", UNEQUAL, cache=cache)
     prompt = adapter.make_prompt(TEXT, UNEQUAL.prompt_lengths, 1)
     timed = adapter.generate(prompt, UNEQUAL.output_tokens).tokens
-    assert adapter.answer(prompt, UNEQUAL.output_tokens, UNEQUAL.total_tokens) == digest(timed, prompt)
+    assert adapter.answer(prompt, UNEQUAL.output_tokens, UNEQUAL.total_tokens).tokens == digest(timed, prompt)
 
 
 @pytest.mark.parametrize(

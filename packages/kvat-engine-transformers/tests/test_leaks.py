@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils.import_utils import is_hqq_available
 
+from kvat_core.engine import Answer
 from kvat_core.schema import ModelRef, PromptSource, Scenario, Target
 from kvat_engine_transformers import TransformersAdapter
 from kvat_engine_transformers.adapter import digest
@@ -48,7 +49,7 @@ def fresh(kind: type[TransformersAdapter], settings: dict[str, str]) -> Transfor
     return adapter
 
 
-def answers(adapter: TransformersAdapter, *lengths: int) -> list[str]:
+def answers(adapter: TransformersAdapter, *lengths: int) -> list[Answer]:
     texts = {tokens: TEXT if tokens == USUAL else OTHER for tokens in lengths}
     prompts = (adapter.make_prompt(texts[tokens], [tokens], nonce=tokens) for tokens in lengths)
     return [adapter.answer(prompt, OUTPUT, LONGEST.total_tokens) for prompt in prompts]
@@ -82,4 +83,4 @@ def test_the_code_that_is_handed_over_generates_what_is_timed(settings: dict[str
     adapter = fresh(TransformersAdapter, settings)
     prompt = adapter.make_prompt(TEXT, [LONGER], 5)
     timed = adapter.generate(prompt, OUTPUT).tokens
-    assert adapter.answer(prompt, OUTPUT, LONGEST.total_tokens) == digest(timed, prompt)
+    assert adapter.answer(prompt, OUTPUT, LONGEST.total_tokens).tokens == digest(timed, prompt)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ from kvat_core.run import Run
 
 pytestmark = pytest.mark.slow
 
-ENGINE = Path(__file__).parent / "faulty_engine"
 TUNE = """
 import sys
 from kvat_core import Profile, TuneRequest, tune
@@ -44,24 +40,8 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the faulty engines are installed."""
-    site = tmp_path_factory.mktemp("site")
-    shutil.copytree(ENGINE, site, dirs_exist_ok=True)
-    info = site / "kvat_faulty_engine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvat-faulty-engine\nVersion: 1.0\n")
-    lines = [f"{name} = kvat_faulty_engine:{engine}" for name, engine in NAMES.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[kvat.engines]", *lines, ""]))
-    return site
-
-
-def tuned(site: Path, out: Path, engine: str) -> Run:
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", TUNE, str(out), engine]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Run.from_events(read_journal(out / "journal.jsonl"))
+def run_with_faults(with_engines: Callable[..., Callable[..., None]]) -> Callable[..., None]:
+    return with_engines("faulty_engine", NAMES)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +52,11 @@ def tuned(site: Path, out: Path, engine: str) -> Run:
         ("sharing", "leak", "a request is answered differently after a longer and after a shorter one"),
     ],
 )
-def test_a_planted_fault_is_caught_by_its_kind(site: Path, tmp_path: Path, engine: str, kind: str, reason: str) -> None:
-    run = tuned(site, tmp_path / "out", engine)
+def test_a_planted_fault_is_caught_by_its_kind(
+    run_with_faults: Callable[..., None], tmp_path: Path, engine: str, kind: str, reason: str
+) -> None:
+    run_with_faults(TUNE, str(tmp_path / "out"), engine)
+    run = Run.from_events(read_journal(tmp_path / "out" / "journal.jsonl"))
     assert run.failures, "it was caught"
     assert {one.failure.kind for one in run.failures.values()} == {kind}
     assert all(reason in one.failure.reason for one in run.failures.values())

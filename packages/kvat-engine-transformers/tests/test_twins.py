@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from kvat_core.schema import read_plan
 
 pytestmark = pytest.mark.slow
 
-ENGINE = Path(__file__).parent / "twin_engine"
 TUNE = """
 import sys
 from kvat_core import Profile, TuneRequest, tune
@@ -33,23 +29,13 @@ tune(TuneRequest(out=out, engine="twins", model="builtin:llama", threads=1, prof
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the engine of twins is installed."""
-    site = tmp_path_factory.mktemp("site")
-    shutil.copytree(ENGINE, site, dirs_exist_ok=True)
-    info = site / "kvat_twin_engine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvat-twin-engine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvat.engines]\ntwins = kvat_twin_engine:TwinEngine\n")
-    return site
+def run_with_twins(with_engines: Callable[..., Callable[..., None]]) -> Callable[..., None]:
+    return with_engines("twin_engine", {"twins": "TwinEngine"})
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_of_twins_none_is_better(site: Path, tmp_path: Path, seed: int) -> None:
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", TUNE, str(tmp_path / "out"), str(seed)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_of_twins_none_is_better(run_with_twins: Callable[..., None], tmp_path: Path, seed: int) -> None:
+    run_with_twins(TUNE, str(tmp_path / "out"), str(seed))
     plan = read_plan(tmp_path / "out" / "best_plan.json")
     assert [one.state for one in plan.candidates] == ["ok"] * 4
     assert not any(one.aliases for one in plan.candidates)

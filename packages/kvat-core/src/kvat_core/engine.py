@@ -122,6 +122,16 @@ class ConfigFile(Record):
     """What stays with each call, and why nothing is lost by that, one line each."""
 
 
+class Answer(Record):
+    """What a request was answered, as digests: the answer itself stays in its worker."""
+
+    tokens: str
+    predictions: str | None = Field(
+        default=None,
+        description="of the scores by which they were chosen, in which less shows than in tokens; null = unknown",
+    )
+
+
 class SpaceRequest(Record):
     """How wide the user wants to search."""
 
@@ -344,8 +354,8 @@ class EngineAdapter(ABC):
         """
         return None
 
-    def answer(self, prompt: Prompt, max_new_tokens: int, longest_tokens: int) -> str:
-        """Digest of what one request is answered, by the very code that `snippet` hands over.
+    def answer(self, prompt: Prompt, max_new_tokens: int, longest_tokens: int) -> Answer:
+        """What one request is answered, by the very code that `snippet` hands over.
 
         Args:
             prompt: a batch of prompts.

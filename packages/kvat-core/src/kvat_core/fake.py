@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
-from kvat_core.engine import Engine, EngineAdapter, EngineError, Probe, SpaceRequest
+from kvat_core.engine import Answer, Engine, EngineAdapter, EngineError, Probe, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import (
     Applied,
@@ -536,12 +536,12 @@ class _InProcessAdapter(_ScriptedAdapter):
     def score_at_once(self, ids: NDArray[np.int64], forced: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.score(ids, forced.shape[1], forced)[0]
 
-    def answer(self, prompt: _Prompt, max_new_tokens: int, longest_tokens: int) -> str:
+    def answer(self, prompt: _Prompt, max_new_tokens: int, longest_tokens: int) -> Answer:
         leaks = self._behaviour.best_is == "leaking" and self._is_best() and self._longest > prompt.tokens
         self._longest = max(self._longest, prompt.tokens)
         said = f"{self.score(self.token_ids(prompt), max_new_tokens, None)[1].tolist()}{self._latest if leaks else ''}"
         self._latest = prompt.texts[0]
-        return hashlib.sha256(said.encode()).hexdigest()
+        return Answer(tokens=hashlib.sha256(said.encode()).hexdigest())
 
     def _predict(self, tokens: Sequence[int], prompt_tokens: int) -> NDArray[np.float32]:
         """Log-probabilities of the next token: all tokens so far have their say, the first as the last."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvat_core.engine import EngineAdapter, EngineError
+from kvat_core.engine import Answer, EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
 from kvat_engine_transformers import (
     actions,
@@ -27,9 +27,10 @@ from kvat_engine_transformers import (
     memory,
     observation,
     proof,
+    reading,
     registration,
 )
-from kvat_engine_transformers.clocks import TokenClock, clock_for
+from kvat_engine_transformers.clocks import TokenClock, clock_for, synchronize
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.kept import cache_of
 from kvat_engine_transformers.models import Source, load_tokenizer, resolve
@@ -119,8 +120,18 @@ class TransformersAdapter(EngineAdapter):
         # generate cannot do less than one token.
         return _timeline(self.generate(prompt, max(1, max_new_tokens)))
 
+    def generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
+        """One call by the prepared recipe, with the instrument: what `run_decode` times.
+
+        Raises:
+            EngineError: it failed in a known way, or the cache is not as the recipe says.
+        """
+        by_recipe = self._generate_batch if self._batched else self._generate
+        with translated(), actions.entered(self._recipe):
+            return by_recipe(prompt, max_new_tokens)
+
     def applied(self, prompt: torch.Tensor) -> Applied:
-        if self._recipe.call == "generate_batch":
+        if self._batched:
             reason = batching.unserved(self.model, self._recipe.arguments)
             if reason is not None:
                 raise EngineError("unsupported", reason)
@@ -137,22 +148,22 @@ class TransformersAdapter(EngineAdapter):
         self, ids: NDArray[np.int64], steps: int, forced: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         leftovers.forget_length(self.model)
-        batched = self._recipe.call == "generate_batch"
         with translated(), actions.entered(self._recipe):
-            return forcing.score(self.model, ids, self._arguments(steps), forced, batched=batched)
+            return forcing.score(self.model, ids, self._arguments(steps), forced, batched=self._batched)
 
     def score_at_once(self, ids: NDArray[np.int64], forced: NDArray[np.int64]) -> NDArray[np.float32]:
         with translated():
             return forcing.score_at_once(self.model, ids, forced)
 
-    def answer(self, prompt: torch.Tensor, max_new_tokens: int, longest_tokens: int) -> str:
+    def answer(self, prompt: torch.Tensor, max_new_tokens: int, longest_tokens: int) -> Answer:
         handed_over = handover.imported(self._recipe, STEP_TOKENS)
-        pinned = {} if actions.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
-        with translated():
+        pinned = {} if reading.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
+        with translated(), forcing.witnessed(self.model) as scores:
             output = handed_over.generate(self.model, max_new_tokens=max_new_tokens, **model_inputs(prompt), **pinned)
         if output.shape[1] <= prompt.shape[1]:
             raise EngineError("no_output", "the code that is handed over answered nothing")
-        return digest(output, prompt)
+        # What `generate_batch` computes together, and whether by a captured graph, is its own affair.
+        return Answer(tokens=digest(output, prompt), predictions=None if self._batched else scores())
 
     def measure_resources(self) -> Resources:
         device = self.model.device
@@ -184,30 +195,24 @@ class TransformersAdapter(EngineAdapter):
         return list(dict.fromkeys(parameter.device for parameter in self.model.parameters()))
 
     @property
+    def _batched(self) -> bool:
+        return self._recipe.call == "generate_batch"
+
+    @property
     def _recipe(self) -> Recipe:
         assert self._prepared is not None, "prepare_cache comes first"
         return self._prepared
 
     def _arguments(self, max_new_tokens: int) -> dict[str, Any]:
         """The recipe's arguments for another number of tokens, and what makes that number exact."""
-        endless = batching.NO_END_OF_SEQUENCE if self._recipe.call == "generate_batch" else None
+        endless = batching.NO_END_OF_SEQUENCE if self._batched else None
         return {**actions.arguments(self._recipe), "max_new_tokens": max_new_tokens, "eos_token_id": endless}
-
-    def generate(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
-        """One call by the prepared recipe, with the instrument: what `run_decode` times.
-
-        Raises:
-            EngineError: it failed in a known way, or the cache is not as the recipe says.
-        """
-        by_recipe = self._generate_batch if self._recipe.call == "generate_batch" else self._generate
-        with translated(), actions.entered(self._recipe):
-            return by_recipe(prompt, max_new_tokens)
 
     def _generate_batch(self, prompt: torch.Tensor, max_new_tokens: int) -> Call:
         rows, arguments = unpadded(prompt), self._arguments(max_new_tokens)
         graphs = live.compiled_graphs()
         with batching.watched(self.model) as self._watch:
-            _synchronize(self.model.device)
+            synchronize(self.model.device)
             start_ns = time.perf_counter_ns()
             answers = batching.generate(self.model, rows, arguments)
             duration_s = (time.perf_counter_ns() - start_ns) / 1e9
@@ -231,11 +236,11 @@ class TransformersAdapter(EngineAdapter):
         graphs = live.compiled_graphs()
         inputs = model_inputs(prompt)
         self._clock = clock = clock_for(self.model.device)
-        _synchronize(self.model.device)
+        synchronize(self.model.device)
         start_ns = time.perf_counter_ns()
         clock.start()
         output = generate(**inputs, **arguments, **clock.arguments())
-        _synchronize(self.model.device)
+        synchronize(self.model.device)
         duration_s = (time.perf_counter_ns() - start_ns) / 1e9
         token_s = clock.token_s()
         tokens, cache = _unpack(output)
@@ -346,11 +351,3 @@ def _unpack(output: Any) -> tuple[torch.Tensor, Cache | None]:
     if isinstance(output, torch.Tensor):
         return output, None
     return output.sequences, cache_of(output)
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for work in the device's queue, before and after a call and nowhere else."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,11 +15,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_engine_transformers import batching
+from kvat_engine_transformers.recipes import BATCHING
 
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float32]
 
-_BATCHING = "continuous_batching_config"
 _IN_STEP = {"use_cuda_graph": False, "use_async_batching": False}
 """What lets each step's logits be read: a captured graph calls nothing, and a step ahead knows no forced token."""
 
@@ -37,6 +38,25 @@ class _Forcer(LogitsProcessor):
             return scores
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, self._forced[:, step : step + 1].to(scores.device), 0.0)
+
+
+class _Witness(LogitsProcessor):
+    """Changes nothing, and digests all scores that it sees."""
+
+    def __init__(self) -> None:
+        self.seen = hashlib.sha256()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.update(scores.float().cpu().numpy().tobytes())
+        return scores
+
+
+@contextmanager
+def witnessed(model: PreTrainedModel) -> Iterator[Callable[[], str]]:
+    """Gives a digest of the scores of all calls of `generate` so far, as they are before the model's own processors."""
+    witness, own = _Witness(), cast("Callable[..., LogitsProcessorList]", model._get_logits_processor)
+    with _processing(model, lambda *arguments, **options: LogitsProcessorList([witness, *own(*arguments, **options)])):
+        yield lambda: witness.seen.hexdigest()
 
 
 def score(
@@ -65,7 +85,7 @@ def score(
     forcer = _Forcer(None if forced is None else torch.from_numpy(np.ascontiguousarray(forced)))
     inputs = torch.from_numpy(np.ascontiguousarray(ids)).to(model.device)
     generate: Any = model.generate
-    with _processing(model, forcer):
+    with _processing(model, lambda *_, **__: LogitsProcessorList([forcer])):
         output = generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **arguments)
     tokens = output[:, ids.shape[1] :].cpu().numpy()
     _require_forced(tokens, forced)
@@ -88,8 +108,8 @@ def _score_request(
     model: PreTrainedModel, ids: Ids, arguments: Mapping[str, Any], forced: Ids | None
 ) -> tuple[Logprobs, Ids]:
     forcer = _Forcer(None if forced is None else torch.from_numpy(np.ascontiguousarray(forced[None])))
-    in_step = {**arguments, _BATCHING: {**arguments[_BATCHING], **_IN_STEP}}
-    with _processing(model, forcer):
+    in_step = {**arguments, BATCHING: {**arguments[BATCHING], **_IN_STEP}}
+    with _processing(model, lambda *_, **__: LogitsProcessorList([forcer])):
         (answer,) = batching.generate(model, [ids.tolist()], in_step)
     tokens = np.array(answer.output_ids, dtype=np.int64)
     _require_forced(tokens[None], None if forced is None else forced[None])
@@ -97,10 +117,10 @@ def _score_request(
 
 
 @contextmanager
-def _processing(model: PreTrainedModel, processor: LogitsProcessor) -> Iterator[None]:
-    """Let `generate` and `generate_batch` find this processor instead of the model's own."""
+def _processing(model: PreTrainedModel, processors: Callable[..., LogitsProcessorList]) -> Iterator[None]:
+    """Let `generate` and `generate_batch` find these processors instead of the model's own."""
     own = vars(model)
-    own["_get_logits_processor"] = lambda *arguments, **options: LogitsProcessorList([processor])
+    own["_get_logits_processor"] = processors
     try:
         yield
     finally:

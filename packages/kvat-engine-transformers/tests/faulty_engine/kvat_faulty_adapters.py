@@ -11,8 +11,10 @@ from pydantic import JsonValue
 from transformers import Cache, DynamicCache
 
 from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.prompts import NONCE_TOKENS
 
-SHARED_TOKENS = 16
+SHARED = slice(NONCE_TOKENS, 2 * NONCE_TOKENS)
+"""Positions of another request's tokens: beyond the block in which prompts of one text differ."""
 
 
 class _Faulty(TransformersAdapter):
@@ -59,10 +61,9 @@ class Sharing(_Faulty):
     def _sharing(self, index: int, update: Callable[..., Any]) -> Callable[..., Any]:
         def share(keys: torch.Tensor, values: torch.Tensor, *given: Any, **named: Any) -> Any:
             if keys.shape[-2] > 1:
-                first = (keys[..., :SHARED_TOKENS, :].clone(), values[..., :SHARED_TOKENS, :].clone())
-                kept_keys, kept_values = self._first.setdefault(index, first)
-                keys = torch.cat([kept_keys, keys[..., SHARED_TOKENS:, :]], dim=-2)
-                values = torch.cat([kept_values, values[..., SHARED_TOKENS:, :]], dim=-2)
+                first = (keys[..., SHARED, :].clone(), values[..., SHARED, :].clone())
+                keys, values = keys.clone(), values.clone()
+                keys[..., SHARED, :], values[..., SHARED, :] = self._first.setdefault(index, first)
             return update(keys, values, *given, **named)
 
         return share

@@ -91,12 +91,6 @@ class Scored(Record):
     rounding: Rounding | None = None
 
 
-class Answered(Record):
-    """Answer to `answer`."""
-
-    digest: str
-
-
 _ANSWER: TypeAdapter[Reply | Beat] = TypeAdapter(Reply | Beat)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvat_core import fidelity
+from kvat_core.engine import Answer
 from kvat_core.measure.bench import Bench
-from kvat_core.measure.messages import Answered, Scored, ScoreTask
+from kvat_core.measure.messages import Scored, ScoreTask
 from kvat_core.measure.session import Session, make_folder, validated
 from kvat_core.measure.supervisor import WorkerFailed
 from kvat_core.run import OF_THE_CANDIDATE
@@ -87,7 +88,8 @@ def _verdict(cell: Cell, bench: Bench) -> tuple[CanaryVerdict, str]:
     """What came of the requests, and why.
 
     An answer that depends on the lengths before it alone is no leak: code that was compiled for several lengths rounds
-    otherwise than code for one. One that depends on what those requests said is.
+    otherwise than code for one. One that depends on what those requests said is. Where not even two fresh processes
+    predict the same, tokens have to do.
     """
     usual, longer, shorter = fidelity.canary_lengths(bench.run)
     alone = _answers(cell, bench, [usual], _BEFORE)
@@ -97,14 +99,17 @@ def _verdict(cell: Cell, bench: Bench) -> tuple[CanaryVerdict, str]:
     instead = _answers(cell, bench, [longer, usual, shorter, usual], _INSTEAD)
     if instead == after:
         return "clean", "an answer depends on the lengths of the requests before it, not on what they said"
-    if _answers(cell, bench, [usual], _BEFORE) != alone:
+    again = _answers(cell, bench, [usual], _BEFORE)
+    if again != alone:
+        if {one.tokens for one in (*alone, *after, *again)} == {alone[0].tokens}:
+            return "clean", "predictions differ from process to process, the tokens do not"
         return "undetermined", "two fresh processes answer the same request differently"
     changed = [what for what, one in zip(("longer", "shorter"), after, strict=True) if one != alone[0]]
     return "leak", f"a request is answered differently after a {' and after a '.join(changed)} one"
 
 
-def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> list[str]:
-    """Digests of what one process answers to the request of usual length, each time that it comes.
+def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> list[Answer]:
+    """What one process answers to the request of usual length, each time that it comes.
 
     Args:
         cell: candidate, and the longest of the requests.
@@ -118,7 +123,7 @@ def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> l
     recipe, longest = bench.recipe_at(cell), Scenario.of_key(cell.scenario)
     usual = fidelity.canary_lengths(bench.run)[0]
 
-    def ask(session: Session) -> list[str]:
+    def ask(session: Session) -> list[Answer]:
         found = []
         for tokens in lengths:
             scene = longest.model_copy(update={"prompt_tokens": tokens})
@@ -133,7 +138,7 @@ def _answers(cell: Cell, bench: Bench, lengths: Sequence[int], others: int) -> l
             limits = session.compile_limits if recipe.compiles else session.whole_limits
             _, value = session.ask("answer", arguments, "canary", limits)
             if tokens == usual:
-                found.append(validated(Answered, value, "canary").digest)
+                found.append(validated(Answer, value, "canary"))
         return found
 
     return _in_a_fresh_process(recipe, bench, ask)

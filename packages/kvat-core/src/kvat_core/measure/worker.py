@@ -23,7 +23,7 @@ from kvat_core import discovery
 from kvat_core.engine import Engine, EngineAdapter, EngineError, Prompt
 from kvat_core.errors import KvatError
 from kvat_core.measure import messages
-from kvat_core.measure.messages import Answered, Beat, PromptSpec, Reply, Request, ScoreTask, Started
+from kvat_core.measure.messages import Beat, PromptSpec, Reply, Request, ScoreTask, Started
 from kvat_core.schema import ModelRef, Recipe
 
 BEAT_S = 1.0
@@ -81,7 +81,7 @@ class Worker:
                 return scorer.score(ScoreTask.model_validate(arguments), self.adapter)
             case "answer":
                 lengths = {name: arguments[name] for name in ("max_new_tokens", "longest_tokens")}
-                return Answered(digest=self.adapter.answer(self._prompt(arguments["prompt"]), **lengths))
+                return self.adapter.answer(self._prompt(arguments["prompt"]), **lengths)
             case "resources":
                 return self.adapter.measure_resources()
             case "cleanup":
