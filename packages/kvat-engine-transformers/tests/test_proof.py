@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvat_core.schema import ModelRef, Recipe, Scenario, Target
-from kvat_engine_transformers import actions, proof
+from kvat_engine_transformers import proof, reading
 from kvat_engine_transformers.batching import Pool
 from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.live import Layer
@@ -26,7 +26,7 @@ def on_cuda(**settings: str) -> Recipe:
 
 def seen(made: Recipe, **changes: Any) -> Seen:
     """A call on a card that did what the recipe says."""
-    kind = actions.cache_kind(made)
+    kind = reading.cache_kind(made)
     layer = Layer("StaticLayer" if kind.static else "DynamicLayer", False, 54, "bfloat16", DEVICE)
     found = Seen(
         cache=kind.holds,
@@ -35,7 +35,7 @@ def seen(made: Recipe, **changes: Any) -> Seen:
         offloads=kind.offloads,
         prompt_tokens=SCENARIO.prompt_tokens,
         prefill_calls=1,
-        attention=actions.attention(made),
+        attention=reading.attention(made),
         kernels=("FLASH_ATTENTION",),
         grad_mode="no_grad",
         dtypes=("bfloat16",),
@@ -106,9 +106,9 @@ def test_flash_attention_is_proven_by_what_its_own_package_ran(
 ) -> None:
     made = on_cuda(attention=f"flash_attention_{version}")
     for name in names:
-        kernels = kernels_of((name, *OTHERS), actions.attention(made))
+        kernels = kernels_of((name, *OTHERS), reading.attention(made))
         assert mismatches(made, kernels=kernels) == ()
-    none = kernels_of((*others, *OTHERS), actions.attention(made))
+    none = kernels_of((*others, *OTHERS), reading.attention(made))
     told = f"kernel: flash_attention_{version} was asked for, none of its kernels ran"
     assert mismatches(made, kernels=none) == (told,)
 

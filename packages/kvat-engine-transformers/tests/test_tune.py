@@ -32,7 +32,7 @@ from kvat_core.schema import (
     Target,
 )
 from kvat_core.space import enumerate_candidates
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, actions, handover, knobs
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, actions, handover, knobs, reading
 from kvat_engine_transformers.caches import CACHES
 from kvat_engine_transformers.recipes import STEP_TOKENS, recipe
 
@@ -294,12 +294,12 @@ def test_every_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
         arguments, in_inference_mode, kernels = seen.pop()
         expected = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **actions.arguments(one)}
         assert comparable(arguments) == comparable(expected)
-        assert in_inference_mode == (actions.grad_mode(one) == "inference_mode")
-        forced = actions.forced_kernel(one)
+        assert in_inference_mode == (reading.grad_mode(one) == "inference_mode")
+        forced = reading.forced_kernel(one)
         assert kernels == (allowed() if forced is None else {forced})
     assert {one.arguments["cache_implementation"] for one in made} >= {"dynamic", "static"}
     assert {one.arguments["prefill_chunk_size"] for one in made} == {None, *knobs.PREFILL_CHUNKS}
-    assert {actions.forced_kernel(one) for one in made} == {None, "MATH", "FLASH_ATTENTION"}
+    assert {reading.forced_kernel(one) for one in made} == {None, "MATH", "FLASH_ATTENTION"}
 
 
 def test_every_paged_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(

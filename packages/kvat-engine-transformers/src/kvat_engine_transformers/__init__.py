@@ -1,7 +1,7 @@
 """The Hugging Face Transformers engine of kvat.
 
-Importing this package imports neither torch nor transformers; the names that need them
-are resolved on first use.
+Importing this package imports neither torch nor transformers; all names but that of the
+engine are resolved on first use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "random_path",
 ]
 
-_HEAVY = {
+_ON_FIRST_USE = {
     "FallbackWarning": "kvat_engine_transformers.plan_warnings",
     "PlanWarning": "kvat_engine_transformers.plan_warnings",
     "PlannedModel": "kvat_engine_transformers.runtime",
@@ -45,6 +45,6 @@ _HEAVY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HEAVY:
-        return getattr(import_module(_HEAVY[name]), name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

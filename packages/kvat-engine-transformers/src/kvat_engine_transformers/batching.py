@@ -13,11 +13,11 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_engine_transformers.failures import from_text
+from kvat_engine_transformers.recipes import BATCHING
 from kvat_engine_transformers.sectors import spare_blocks
 
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""
-_BATCHING = "continuous_batching_config"
 _STOPS = ("max_time", "stop_strings")
 """What ends a call of `generate` beside its length and the tokens that end a sequence."""
 
@@ -96,13 +96,13 @@ def arguments(model: PreTrainedModel, fields: Mapping[str, Any]) -> dict[str, An
 
     A recipe counts the blocks of its tokens; the pool has `spare_blocks` beside them, as far as the model needs any.
     """
-    batch: Mapping[str, Any] = fields[_BATCHING]
+    batch: Mapping[str, Any] = fields[BATCHING]
     blocks = batch["num_blocks"] + spare_blocks(model.config.get_text_config())
     config = copy.deepcopy(model.generation_config)
-    config.update(**{name: value for name, value in fields.items() if name != _BATCHING})
+    config.update(**{name: value for name, value in fields.items() if name != BATCHING})
     # As generate does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
     config.update(**config._get_default_generation_params(), defaults_only=True)
-    return {"generation_config": config, _BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
+    return {"generation_config": config, BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
 
 
 def mask(model: PreTrainedModel, input_ids: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:

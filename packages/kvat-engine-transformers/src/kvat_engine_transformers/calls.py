@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
-from kvat_engine_transformers import actions, batching, leftovers, registration
+from kvat_engine_transformers import actions, batching, leftovers, reading, registration
 from kvat_engine_transformers.failures import translated
 from kvat_engine_transformers.rows import joined
 
@@ -144,8 +144,8 @@ def _switched(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     """The recipe's attention and threads, for as long as the block."""
     attention, threads = model.config._attn_implementation, torch.get_num_threads()
     try:
-        _attend_by(model, str(recipe.load["attn_backend"]))
-        torch.set_num_threads(actions.threads(recipe) or threads)
+        _attend_by(model, reading.loaded_attention(recipe))
+        torch.set_num_threads(reading.threads(recipe) or threads)
         yield
     finally:
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ import torch
 from kvat_core.schema import Ceiling, Ceilings, ModelRef, PromptSource, Scenario, Target
 from kvat_engine_transformers import memory
 from kvat_engine_transformers.adapter import TransformersAdapter
+from kvat_engine_transformers.clocks import synchronize
 from kvat_engine_transformers.knobs import PLAIN
 from kvat_engine_transformers.recipes import recipe
 
@@ -132,19 +133,12 @@ def _times_s(operation: Callable[[], object], device: torch.device) -> list[floa
         operation()
     times_s: list[float] = []
     while len(times_s) < _REPEATS and not (times_s and time.perf_counter() - begun_s > _LONGEST_S):
-        _synchronize(device)
+        synchronize(device)
         start_ns = time.perf_counter_ns()
         operation()
-        _synchronize(device)
+        synchronize(device)
         times_s.append((time.perf_counter_ns() - start_ns) / 1e9)
     return times_s
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _cache_bytes(device: torch.device) -> int | None:

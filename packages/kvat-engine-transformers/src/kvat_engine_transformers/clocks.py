@@ -114,3 +114,11 @@ def clock_for(device: torch.device) -> TokenClock:
     if device.type == "mps":
         return DeviceClock(lambda: torch.mps.Event(enable_timing=True))
     return HostClock()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until that device has done all that is in its queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

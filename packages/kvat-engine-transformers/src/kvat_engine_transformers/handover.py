@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe
+from kvat_engine_transformers import reading
+from kvat_engine_transformers.recipes import BATCHING
 
 _GENERATE = '''\
 def generate(model, input_ids, max_new_tokens, **options):
@@ -131,7 +133,7 @@ def imports(shown: Recipe) -> tuple[list[str], list[str]]:
     if shown.call == "generate_batch":
         return [], ["ContinuousBatchingConfig", "GenerationConfig"]
     lines = []
-    if any(call.name == "torch.nn.attention.sdpa_kernel" for call in shown.context):
+    if reading.forced_kernel(shown) is not None:
         lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
     return lines, ["CompileConfig"] if "compile_config" in shown.arguments else []
 
@@ -143,14 +145,10 @@ def literal(value: object) -> str:
 
 
 def _generate_batch(shown: Recipe, step_tokens: int) -> str:
-    config = shown.arguments["continuous_batching_config"]
-    assert isinstance(config, Mapping), "recipes of generate_batch size their pool"
+    config = reading.batching(shown)
+    assert config is not None, "recipes of generate_batch size their pool"
     others = {name: value for name, value in config.items() if name not in _OF_THE_PROMPTS}
-    generation = {
-        name: value
-        for name, value in shown.arguments.items()
-        if name not in ("continuous_batching_config", "max_new_tokens")
-    }
+    generation = {name: value for name, value in shown.arguments.items() if name not in (BATCHING, "max_new_tokens")}
     return _GENERATE_BATCH.format(
         page_tokens=config["page_size"],
         step_tokens=step_tokens,
@@ -172,7 +170,7 @@ def _notes(shown: Recipe) -> Iterator[str]:
     """What callers have to know of some recipes alone."""
     if shown.compiles:
         yield _COMPILES
-    if "max_cache_len" in shown.arguments:
+    if reading.slots(shown) is not None:
         yield _STATIC
 
 
@@ -195,7 +193,7 @@ def _call_lines(shown: Recipe) -> list[str]:
     if not shown.context:
         return [f"return {call}"]
     within = f"with {', '.join(_context(one) for one in shown.context)}:"
-    if not _in_inference_mode(shown):
+    if reading.grad_mode(shown) != "inference_mode":
         return [within, f"    return {call}"]
     return [
         *_WITH_CACHE.splitlines(),
@@ -203,10 +201,6 @@ def _call_lines(shown: Recipe) -> list[str]:
         f"    output = {call}",
         "return output.clone() if isinstance(output, torch.Tensor) else output",
     ]
-
-
-def _in_inference_mode(shown: Recipe) -> bool:
-    return any(call.name == "torch.inference_mode" for call in shown.context)
 
 
 def _argument(name: str, value: JsonValue) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Cache
 
 from kvat_core.schema import Applied, Recipe
-from kvat_engine_transformers import actions, batching, live
+from kvat_engine_transformers import actions, batching, live, reading
 from kvat_engine_transformers.knobs import DTYPES
 from kvat_engine_transformers.observation import FLASH_PARTS, Seen
 
@@ -54,19 +54,19 @@ def _with_keys(layers: Iterable[live.Layer | live.StateLayer]) -> list[live.Laye
 
 def _mismatches(seen: Seen, recipe: Recipe) -> list[str]:
     load, layers = recipe.load, _with_keys(seen.layers)
-    kind = actions.cache_kind(recipe)
+    kind = reading.cache_kind(recipe)
     pairs = [
         ("cache", kind.holds, seen.cache),
         ("offloading", kind.offloads, seen.offloads),
-        ("attention", actions.attention(recipe), seen.attention),
-        ("grad mode", actions.grad_mode(recipe), seen.grad_mode),
+        ("attention", reading.attention(recipe), seen.attention),
+        ("grad mode", reading.grad_mode(recipe), seen.grad_mode),
         ("cache dtype", [load["dtype"]], _cache_dtypes(seen)),
-        ("quantisation", [actions.quantisation(recipe)], _distinct(layer.quantised for layer in layers)),
+        ("quantisation", [reading.quantisation(recipe)], _distinct(layer.quantised for layer in layers)),
         ("packed numbers", [_packing(recipe)], _distinct(layer.packed for layer in layers)),
-        ("pages", actions.pages(recipe), _pages(seen.pool)),
+        ("pages", reading.pages(recipe), _pages(seen.pool)),
         *_device_pairs(seen, recipe),
         ("compile", actions.compile_mode(recipe), seen.compile),
-        ("threads", actions.threads(recipe) or seen.threads, seen.threads),
+        ("threads", reading.threads(recipe) or seen.threads, seen.threads),
     ]
     found = [f"{what}: the recipe says {wanted}, it is {actual}" for what, wanted, actual in pairs if wanted != actual]
     return [
@@ -100,7 +100,7 @@ def _wrong_weights(seen: Seen, recipe: Recipe) -> str | None:
 
 def _device_pairs(seen: Seen, recipe: Recipe) -> list[tuple[str, Any, Any]]:
     """A model that was to be spread, and was, has its weights and keys where Transformers says that its modules are."""
-    spread = seen.spread if actions.device_map(recipe) is not None else None
+    spread = seen.spread if reading.device_map(recipe) is not None else None
     devices = [recipe.load["device"]] if spread is None else list(spread)
     kept = [*(layer.device for layer in _with_keys(seen.layers)), *([seen.pool.device] if seen.pool else [])]
     # What is offloaded waits in the memory of the host, all but the layer that was last at work.
@@ -113,7 +113,7 @@ def _device_pairs(seen: Seen, recipe: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def _wrong_kernel(seen: Seen, recipe: Recipe) -> str | None:
-    forced = actions.forced_kernel(recipe)
+    forced = reading.forced_kernel(recipe)
     # The calls of a compiled graph are not all seen one by one.
     asked = {"sdpa": "SDPA", "xformers": "xFormers", **dict.fromkeys(FLASH_PARTS, seen.attention)}.get(seen.attention)
     if asked and seen.graphs == 0 and not seen.kernels:
@@ -141,14 +141,14 @@ def _wrong_places(seen: Seen) -> str | None:
 
 def _wrong_blocks(seen: Seen, recipe: Recipe) -> str | None:
     """Transformers rounds a pool up to whole sectors, which hold as much as the spare blocks at most."""
-    asked, pool = actions.blocks(recipe), seen.pool
+    asked, pool = reading.blocks(recipe), seen.pool
     if asked is None or pool is None or asked + pool.spare_blocks <= pool.blocks <= asked + 2 * pool.spare_blocks:
         return None
     return f"pages: the recipe says {asked} blocks and {pool.spare_blocks} to spare, there are {pool.blocks}"
 
 
 def _wrong_chunks(seen: Seen, recipe: Recipe) -> str | None:
-    wanted = actions.prefill_calls(recipe, seen.prompt_tokens)
+    wanted = reading.prefill_calls(recipe, seen.prompt_tokens)
     # A model that prepares its inputs in a way of its own does not tell, and cuts nothing unless it is asked to.
     if wanted in (None, seen.prefill_calls) or (wanted == 1 and seen.prefill_calls == 0):
         return None
@@ -161,7 +161,7 @@ def _cache_dtypes(seen: Seen) -> list[str]:
 
 def _packing(recipe: Recipe) -> str | None:
     """How the numbers of a quantised cache are to be kept."""
-    options = actions.quantisation(recipe)
+    options = reading.quantisation(recipe)
     if options is None:
         return None
     bits = options.get("nbits")
@@ -183,7 +183,7 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def _wrong_slots(layers: Iterable[live.Layer | live.StateLayer], recipe: Recipe) -> str | None:
-    slots = actions.slots(recipe)
+    slots = reading.slots(recipe)
     if slots is None:
         return None
     found = _with_keys(layers)

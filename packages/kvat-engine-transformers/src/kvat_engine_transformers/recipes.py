@@ -12,6 +12,8 @@ from kvat_engine_transformers.knobs import KERNELS, NO_CHUNKS, OWN_THREADS
 
 WARMUP_EAGER = 2
 WARMUP_COMPILED = 5
+BATCHING = "continuous_batching_config"
+"""Argument of `generate_batch` that says what its pool is like."""
 PAGE_TOKENS = 256
 """Positions per page of a paged cache: what Transformers takes if nobody says otherwise."""
 STEP_TOKENS = 4096
@@ -115,7 +117,7 @@ def _batching(settings: Mapping[str, str], scenario: Scenario) -> dict[str, Json
     """A pool for exactly this batch: left to itself, generate_batch takes nearly all the memory that is free."""
     pages = -(-scenario.total_tokens // PAGE_TOKENS)
     return {
-        "continuous_batching_config": {
+        BATCHING: {
             "page_size": PAGE_TOKENS,
             "num_blocks": pages * scenario.batch_size,
             "max_batch_tokens": max(

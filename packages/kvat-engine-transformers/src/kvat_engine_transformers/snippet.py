@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import cast
-
-from pydantic import JsonValue
+from collections.abc import Iterable
 
 from kvat_core.schema import Plan, PlanModel, Recipe, Scenario
-from kvat_engine_transformers import handover, registration
+from kvat_engine_transformers import handover, reading, registration
 from kvat_engine_transformers.handover import literal
 from kvat_engine_transformers.naming import BUILTIN, RANDOM
 from kvat_engine_transformers.recipes import STEP_TOKENS
@@ -186,7 +183,7 @@ def _scenarios(scenarios: Iterable[Scenario], unequal: bool) -> str:
 
 
 def _imports(model_id: str, shown: Recipe) -> list[str]:
-    called, loaded = handover.imports(shown), registration.imports(_attention(shown))
+    called, loaded = handover.imports(shown), registration.imports(reading.loaded_attention(shown))
     lines, names = [*called[0], *loaded[0]], [*called[1], *loaded[1]]
     if model_id.startswith(RANDOM):
         lines.append("from kvat_engine_transformers import build_random_model, random_path")
@@ -200,12 +197,8 @@ def _imports(model_id: str, shown: Recipe) -> list[str]:
 
 
 def _registration(shown: Recipe) -> str:
-    code = registration.source(_attention(shown))
+    code = registration.source(reading.loaded_attention(shown))
     return f"{code}\n\n\n" if code else ""
-
-
-def _attention(shown: Recipe) -> str:
-    return str(shown.load["attn_backend"])
 
 
 def _model_constant(model_id: str, local: bool) -> str:
@@ -215,13 +208,13 @@ def _model_constant(model_id: str, local: bool) -> str:
 
 
 def _threads_line(shown: Recipe) -> list[str]:
-    extra = cast("Mapping[str, JsonValue]", shown.load["extra"])
-    return [] if extra["threads"] is None else [f"    torch.set_num_threads({extra['threads']})"]
+    threads = reading.threads(shown)
+    return [] if threads is None else [f"    torch.set_num_threads({threads})"]
 
 
 def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     dtype, device = f"torch.{shown.load['dtype']}", json.dumps(shown.load["device"])
-    attention = json.dumps(_attention(shown))
+    attention = json.dumps(reading.loaded_attention(shown))
     named = "model" if local else json.dumps(model.id.removeprefix(BUILTIN).removeprefix(RANDOM))
     if model.id.startswith(RANDOM):
         how = f"dtype={dtype}, device={device}, attention={attention}"
@@ -231,7 +224,7 @@ def _load_body(model: PlanModel, local: bool, shown: Recipe) -> list[str]:
     if model.revision is not None:
         options.append(f"revision={json.dumps(model.revision)}")
     options += ["local_files_only=True", "use_safetensors=True"]
-    device_map = cast("Mapping[str, JsonValue]", shown.load["extra"]).get("device_map")
+    device_map = reading.device_map(shown)
     if device_map is not None:
         options.append(f"device_map={json.dumps(device_map)}")
     return [
