@@ -38,10 +38,31 @@ from kvat_core.schema import (
 from kvat_engine_transformers import TransformersAdapter
 from kvat_engine_transformers.devices import probe_device
 from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.libraries import facts
 from kvat_engine_transformers.recipes import recipe
 
 DEFAULTS = {**PLAIN, "threads": "1", "dtype": "float32"}
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a value of a knob that the installed versions lack, as kvat itself would say."""
+    found = facts("cpu", None)
+    missing = {name: reason for name in ("paged", "fp8") if (reason := found[name]) is not None}
+    for item in items:
+        for name in sorted(missing.keys() & set(_values(item))):
+            item.add_marker(pytest.mark.skip(reason=str(missing[name])))
+
+
+def _values(item: pytest.Item) -> Iterator[str]:
+    """Values of knobs that a test sets: those that it names, and those among its parameters."""
+    parameters = (
+        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    )
+    for mark in item.iter_markers("uses"):
+        yield from mark.args
+    for one in parameters:
+        yield from (str(value) for value in (one.values() if isinstance(one, Mapping) else [one]))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -110,6 +110,7 @@ def test_the_snippet_measures_unequal_prompts_as_the_plan_did(tmp_path: Path) ->
     assert "| 24+6x3from6 | 6 to 24 | 6 | 3 |" in (out / "report.md").read_text()
 
 
+@pytest.mark.uses("paged")
 def test_the_snippet_of_a_paged_cache_pads_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     profile = QUICK.model_copy(update={"scenarios": (UNEQUAL,)})
@@ -119,6 +120,7 @@ def test_the_snippet_of_a_paged_cache_pads_nothing(tmp_path: Path) -> None:
     assert float(line["decode_tps"]) > 0
 
 
+@pytest.mark.uses("paged")
 def test_handed_over_a_paged_batch_has_the_rows_of_generate(prepared: Prepared) -> None:
     adapter, recipe = prepared("builtin:llama", UNEQUAL, cache="paged")
     handed_over = handover.imported(recipe, STEP_TOKENS)
@@ -135,6 +137,7 @@ def test_handed_over_a_paged_batch_has_the_rows_of_generate(prepared: Prepared) 
     assert torch.equal(twice[:, :24], inputs["input_ids"].repeat_interleave(2, dim=0))
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -163,6 +166,7 @@ def test_handed_over_a_batch_that_failed_is_no_answer(prepared: Prepared, text: 
     assert timed.value.kind == (kind or "error")
 
 
+@pytest.mark.uses("paged")
 def test_handed_over_a_batch_that_is_given_up_is_no_answer(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _ = prepared("builtin:llama", UNEQUAL, cache="paged")
     monkeypatch.setitem(vars(adapter.model), "generate_batch", lambda *arguments, **options: {})
@@ -186,6 +190,7 @@ def test_the_code_that_is_handed_over_answers_unequal_prompts_as_they_are_timed(
     assert adapter.answer(prompt, UNEQUAL.output_tokens, UNEQUAL.total_tokens).tokens == digest(timed, prompt)
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.parametrize(
     ("habit", "reason"),
     [
@@ -206,6 +211,7 @@ def test_a_paged_cache_is_refused_where_it_would_answer_otherwise(
     assert caught.value.kind == "unsupported"
 
 
+@pytest.mark.uses("paged")
 def test_the_gradient_mode_of_continuous_batching_is_seen_where_it_computes(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +231,7 @@ def test_the_gradient_mode_of_continuous_batching_is_seen_where_it_computes(
     assert "grad mode: the recipe says no_grad, it is inference_mode" in applied.mismatches
 
 
+@pytest.mark.uses("paged")
 def test_blocks_are_shared_by_equal_beginnings_which_prompts_that_are_measured_have_not(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,9 +65,7 @@ def test_calls_may_still_bring_a_cache_of_their_own(make_plan: MakePlan, directo
     static.write()
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         generated()
-    assert any(
-        line.startswith("cache_implementation is to be None in a call that brings") for line in static.left
-    )
+    assert any(line.startswith("cache_implementation is to be None in a call that brings") for line in static.left)
     assert generated(cache_implementation=None) == 14
     config_change(make_plan({"winner": {}}), directory).write()
     assert generated() == 14

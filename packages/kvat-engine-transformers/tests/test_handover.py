@@ -87,6 +87,7 @@ def test_the_code_says_what_a_static_cache_keeps(
     assert ("The first call compiles" in said_by(code)) == compiles
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.parametrize(
     "option",
     [
@@ -109,6 +110,7 @@ def test_a_batch_refuses_what_it_would_leave_out(handed_over: HandedOver, option
         code.generate(model, IDS, 3, do_sample=True, **option)
 
 
+@pytest.mark.uses("paged")
 def test_a_batch_samples_from_what_generate_samples_from(
     handed_over: HandedOver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_batch_samples_from_what_generate_samples_from(
         seen.clear()
 
 
+@pytest.mark.uses("paged")
 def test_a_batch_that_nothing_is_to_end_goes_on(handed_over: HandedOver, tiny_directory: Any) -> None:
     # Every token of this model is an end-of-sequence token.
     code, model = handed_over(str(tiny_directory), cache="paged", dtype="bfloat16")

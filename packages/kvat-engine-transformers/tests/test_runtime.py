@@ -246,6 +246,7 @@ def test_with_nobody_left_it_says_so(llama: PreTrainedModel, make_plan: MakePlan
         planned.generate(IDS, 2)
 
 
+@pytest.mark.uses("paged")
 def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     planned = load_plan(make_plan({"paged": {"cache": "paged"}}), model=llama)
     mask = torch.ones_like(IDS)
@@ -258,6 +259,7 @@ def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedMod
     assert caught.value.kind == "unsupported"
 
 
+@pytest.mark.uses("paged")
 def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
     llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +273,7 @@ def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
     assert torch.isin(tokens[:, 12], likeliest).all()
 
 
+@pytest.mark.uses("paged")
 def test_padding_without_a_mask_is_padding_to_generate_batch_too(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     padded = IDS.clone()
     padded[0, :4] = llama.generation_config.pad_token_id
@@ -372,6 +375,7 @@ def test_out_of_memory_falls_back_to_who_needs_less(llama: PreTrainedModel, spy:
     assert output.shape == (2, 15)
 
 
+@pytest.mark.uses("paged")
 def test_it_does_so_of_a_device_in_generate_batch_which_tells_by_text(
     llama: PreTrainedModel, make_plan: MakePlan
 ) -> None:
@@ -434,6 +438,7 @@ def test_with_a_streamer_nothing_is_tried_again(llama: PreTrainedModel, spy: Spy
         planned.generate(IDS[:1], 3, streamer=Streamer())
 
 
+@pytest.mark.uses("paged")
 def test_a_paged_winner_leaves_a_streamer_to_the_next_candidate(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     class Streamer:
         heard = 0
@@ -451,6 +456,7 @@ def test_a_paged_winner_leaves_a_streamer_to_the_next_candidate(llama: PreTraine
     planned.generate(IDS[:1], 3, streamer=None)
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.parametrize(
     ("habit", "reason"),
     [
@@ -472,6 +478,7 @@ def test_what_generate_batch_would_leave_out_is_left_to_the_next_candidate(
         assert torch.equal(llama.generate(IDS, max_new_tokens=5), expected)
 
 
+@pytest.mark.uses("paged")
 def test_so_is_what_it_would_not_hand_back(
     llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -736,6 +743,7 @@ def test_assisted_and_custom_decoding_pass_unchanged(
     assert "StaticCache" not in spy.caches
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
 def test_a_paged_plan_generates_as_much_as_a_call_means(
     llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch

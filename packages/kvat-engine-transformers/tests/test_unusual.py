@@ -122,6 +122,7 @@ def test_such_a_model_that_is_loaded_already_follows_no_plan(
         load_plan(make_plan({"one": {}}), model=model)
 
 
+@pytest.mark.uses("paged")
 @pytest.mark.parametrize(("full", "sliding"), [(4, 22), (5, 29), (1, 5)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_pool_of_pages_serves_layers_of_two_kinds_in_any_numbers(
