@@ -302,12 +302,13 @@ def test_every_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
     assert {reading.forced_kernel(one) for one in made} == {None, "MATH", "FLASH_ATTENTION"}
 
 
+@pytest.mark.uses("paged")
 def test_every_paged_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenario = Scenario(prompt_tokens=300, output_tokens=3, batch_size=2)
     ids = torch.stack([torch.arange(300), torch.arange(300).flip(0)])
-    adapter, _ = prepared("builtin:llama")
+    adapter, _ = prepared("builtin:llama", cache="paged")
     run, seen = adapter.model.generate_batch, []
 
     def generate_batch(rows: list[list[int]], **arguments: Any) -> Any:
