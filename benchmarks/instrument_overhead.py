@@ -27,7 +27,7 @@ from kvat_core.machine import read_machine
 from kvat_core.prompts import resolve
 from kvat_core.schema import ModelRef, PromptSource, Ratio, Recipe, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 SCENARIO = Scenario(prompt_tokens=128, output_tokens=64)
 TARGET = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=1)

@@ -34,7 +34,7 @@ from kvat_core.measure.messages import Operation, PromptSpec
 from kvat_core.measure.supervisor import WorkerFailed, WorkerProcess
 from kvat_core.schema import MaxContext, ModelRef, PromptSource, Recipe, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 CACHES = ("dynamic", "static")
 MAX_DIFFERENCE = 0.02

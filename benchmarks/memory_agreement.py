@@ -43,7 +43,7 @@ from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Resources, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 MIB = 2**20
 MAX_DIFFERENCE = 0.05
@@ -180,7 +180,7 @@ def cache_bytes(shape: Shape, cache: str, scenario: Scenario, element_bytes: int
 
 def read_quantised(model: str, options: dict[str, Any], numbers: tuple[int, int, int]) -> dict[str, Any]:
     """A quantised float32 cache after a call: by hand, and live."""
-    from kvat_engine_transformers import memory
+    from kvat_engine_transformers.measuring import memory
 
     scenario = Scenario(**named(numbers))
     adapter = loaded(model, "float32")
@@ -322,7 +322,7 @@ def watch(model: str, cache: str, environment: Mapping[str, str], scenario: Scen
 
 def plain_job(model: str, cache: str, scenario: Scenario) -> dict[str, Any]:
     """What the plain process is to do, as its argument."""
-    from kvat_engine_transformers.models import resolve
+    from kvat_engine_transformers.model.models import resolve
 
     slots = {"max_cache_len": scenario.total_tokens, "disable_compile": True} if cache == "static" else {}
     source = resolve(model, None, allow_download=False)

@@ -29,7 +29,7 @@ from kvat_core.machine import read_machine
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import Ceilings, ModelRef, ModelShape, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 MAX_DIFFERENCE = 0.10
 MAX_DIFFERENCE_BYTES = 16 * MIB

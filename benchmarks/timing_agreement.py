@@ -32,7 +32,7 @@ from kvat_core import Scenario, stats
 from kvat_core.machine import read_machine
 from kvat_core.schema import ModelRef, Ratio, Recipe, Target
 from kvat_engine_transformers import TransformersEngine, builtin_path
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 SCENARIO = Scenario(prompt_tokens=256, output_tokens=64)
 TARGET = Target(model=ModelRef(id="builtin:llama"), device="cpu", threads=1)

@@ -10,7 +10,7 @@ from kvat_cli.boundary import main
 from kvat_core import read_plan
 from kvat_core.engine import Probe
 from kvat_core.schema import ModelShape
-from kvat_engine_transformers import knobs
+from kvat_engine_transformers.settings import knobs
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvat_engine_transformers import recall
+from kvat_engine_transformers.model import recall
 
-BUILTIN = Path(__file__).resolve().parents[1] / "packages/kvat-engine-transformers/src/kvat_engine_transformers/builtin"
+BUILTIN = (
+    Path(__file__).resolve().parents[1] / "packages/kvat-engine-transformers/src/kvat_engine_transformers/model/builtin"
+)
 SEED = 20
 PAIRS = 24
 LENGTH = 1024

@@ -22,7 +22,7 @@ from kvat_core import Scenario, likeness, metrics
 from kvat_core.engine import EngineError, Probe, SpaceRequest
 from kvat_core.schema import Knob, KnobValue, Likeness, ModelRef, ModelShape, PromptSource, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.recall import build_example, recall
+from kvat_engine_transformers.model.recall import build_example, recall
 
 MODEL = ModelRef(id="builtin:llama")
 SCENARIO = Scenario(prompt_tokens=1024, output_tokens=64)

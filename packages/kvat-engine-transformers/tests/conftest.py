@@ -36,10 +36,10 @@ from kvat_core.schema import (
     WinnerMetrics,
 )
 from kvat_engine_transformers import TransformersAdapter
-from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.knobs import PLAIN
-from kvat_engine_transformers.libraries import facts
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.settings.devices import probe_device
+from kvat_engine_transformers.settings.knobs import PLAIN
+from kvat_engine_transformers.settings.libraries import facts
+from kvat_engine_transformers.settings.recipes import recipe
 
 DEFAULTS = {**PLAIN, "threads": "1", "dtype": "float32"}
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)

@@ -15,17 +15,11 @@ import torch
 from kvat_core import metrics
 from kvat_core.engine import EngineError
 from kvat_core.schema import ModelRef, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import (
-    TransformersAdapter,
-    TransformersEngine,
-    actions,
-    builtin_path,
-    live,
-    observation,
-    proof,
-)
-from kvat_engine_transformers.knobs import PLAIN
-from kvat_engine_transformers.recall import build_example, recall
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, builtin_path
+from kvat_engine_transformers.calling import actions
+from kvat_engine_transformers.model.recall import build_example, recall
+from kvat_engine_transformers.proving import live, observation, proof
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")

@@ -19,10 +19,12 @@ from kvat_core import Objective, Plan, Profile, Scenario, TuneRequest, metrics, 
 from kvat_core.engine import EngineError
 from kvat_core.journal import read_journal
 from kvat_core.schema import PromptSource, Recipe, Sample
-from kvat_engine_transformers import TransformersAdapter, actions, batching, builtin_path, handover
-from kvat_engine_transformers.adapter import digest
-from kvat_engine_transformers.prompts import model_inputs, unpadded
-from kvat_engine_transformers.recipes import PAGE_TOKENS, STEP_TOKENS
+from kvat_engine_transformers import TransformersAdapter, builtin_path
+from kvat_engine_transformers.calling import actions, batching
+from kvat_engine_transformers.calling.prompts import model_inputs, unpadded
+from kvat_engine_transformers.measuring.adapter import digest
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.settings.recipes import PAGE_TOKENS, STEP_TOKENS
 
 QUICK = Profile(
     name="quick",

@@ -11,8 +11,9 @@ import torch
 
 from kvat_core import metrics
 from kvat_core.schema import PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, adapter
-from kvat_engine_transformers.clocks import DeviceClock, HostClock, clock_for
+from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.calling.clocks import DeviceClock, HostClock, clock_for
+from kvat_engine_transformers.measuring import adapter
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")

@@ -15,11 +15,11 @@ from kvat_core.engine import EngineError, Probe, SpaceRequest
 from kvat_core.schema import CandidateEntry, ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
 from kvat_core.space import enumerate_candidates
 from kvat_engine_transformers import TransformersAdapter, TransformersEngine
-from kvat_engine_transformers.description import describe_model
-from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.knobs import KERNELS, PLAIN
-from kvat_engine_transformers.recall import build_example, recall
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.model.description import describe_model
+from kvat_engine_transformers.model.recall import build_example, recall
+from kvat_engine_transformers.settings.devices import probe_device
+from kvat_engine_transformers.settings.knobs import KERNELS, PLAIN
+from kvat_engine_transformers.settings.recipes import recipe
 
 pytestmark = [
     pytest.mark.gpu,

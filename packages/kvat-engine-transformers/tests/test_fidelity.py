@@ -18,7 +18,8 @@ from kvat_core import Plan, Profile, TuneRequest, likeness, tune
 from kvat_core.fidelity import MIN_TOP1_AGREEMENT
 from kvat_core.likeness import Reference
 from kvat_core.schema import Likeness, Objective, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, batching, builtin_path
+from kvat_engine_transformers import TransformersAdapter, builtin_path
+from kvat_engine_transformers.calling import batching
 
 MODEL = "builtin:llama"
 PROMPT_TOKENS, STEPS, GREEDY_STEPS = 192, 256, 64

@@ -19,8 +19,8 @@ from kvat_core.measure.deadlines import Limits
 from kvat_core.measure.supervisor import WorkerProcess
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Resources, Scenario, Target
 from kvat_engine_transformers import TransformersEngine
-from kvat_engine_transformers.description import describe_model
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers.model.description import describe_model
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 MIB = 2**20
 ENGINE = TransformersEngine()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from kvat_core import Plan, Scenario, config_change
 from kvat_core.errors import UsageError
 from kvat_engine_transformers import TransformersEngine, builtin_path
-from kvat_engine_transformers.kept import cache_of
+from kvat_engine_transformers.calling.kept import cache_of
 
 MakePlan = Callable[..., Plan]
 IDS = torch.arange(5, 17).reshape(1, 12)

@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, TextStreamer
 
 from kvat_core.schema import Recipe
-from kvat_engine_transformers import TransformersAdapter, handover
-from kvat_engine_transformers.kept import cache_of
-from kvat_engine_transformers.recipes import STEP_TOKENS
+from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.calling.kept import cache_of
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.settings.recipes import STEP_TOKENS
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 IDS = torch.arange(24, 48).reshape(2, 12)

@@ -13,9 +13,9 @@ from transformers.utils.import_utils import is_hqq_available
 from kvat_core.engine import Answer
 from kvat_core.schema import ModelRef, PromptSource, Scenario, Target
 from kvat_engine_transformers import TransformersAdapter
-from kvat_engine_transformers.adapter import digest
-from kvat_engine_transformers.knobs import PLAIN
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.measuring.adapter import digest
+from kvat_engine_transformers.settings.knobs import PLAIN
+from kvat_engine_transformers.settings.recipes import recipe
 
 MODEL = "builtin:llama"
 USUAL, LONGER, SHORTER, OUTPUT = 160, 200, 120, 16

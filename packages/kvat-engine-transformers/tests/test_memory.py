@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from kvat_core.schema import PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, builtin_path, memory
-from kvat_engine_transformers.kept import cache_of
+from kvat_engine_transformers import TransformersAdapter, builtin_path
+from kvat_engine_transformers.calling.kept import cache_of
+from kvat_engine_transformers.measuring import memory
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")

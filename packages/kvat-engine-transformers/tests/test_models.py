@@ -22,7 +22,7 @@ from kvat_engine_transformers import (
     builtin_path,
     random_path,
 )
-from kvat_engine_transformers.devices import probe_device
+from kvat_engine_transformers.settings.devices import probe_device
 
 WriteConfig = Callable[[Mapping[str, Any]], Path]
 SHAPES = {

@@ -17,8 +17,10 @@ from kvat_core import Objective, Profile, TuneRequest, tune
 from kvat_core.engine import EngineError
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, builtin_path, devices, observation, proof
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, builtin_path
+from kvat_engine_transformers.proving import observation, proof
+from kvat_engine_transformers.settings import devices
+from kvat_engine_transformers.settings.recipes import recipe
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 ENGINE = TransformersEngine()

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from kvat_core.schema import ModelRef, Recipe, Scenario, Target
-from kvat_engine_transformers import proof, reading
-from kvat_engine_transformers.batching import Pool
-from kvat_engine_transformers.knobs import PLAIN
-from kvat_engine_transformers.live import Layer
-from kvat_engine_transformers.observation import Seen, kernels_of
-from kvat_engine_transformers.recipes import PAGE_TOKENS, recipe
+from kvat_engine_transformers.calling.batching import Pool
+from kvat_engine_transformers.proving import proof
+from kvat_engine_transformers.proving.live import Layer
+from kvat_engine_transformers.proving.observation import Seen, kernels_of
+from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.knobs import PLAIN
+from kvat_engine_transformers.settings.recipes import PAGE_TOKENS, recipe
 
 SCENARIO = Scenario(prompt_tokens=48, output_tokens=6)
 DEVICE = "cuda:0"

@@ -17,7 +17,8 @@ from kvat_core import Objective, Profile, TuneRequest, tune
 from kvat_core.engine import SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape, PromptSource, Recipe, Scenario, Target
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, observation, proof
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine
+from kvat_engine_transformers.proving import observation, proof
 
 ENGINE = TransformersEngine()
 KIND = "compressed-tensors pack-quantized"

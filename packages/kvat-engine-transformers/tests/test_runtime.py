@@ -27,21 +27,13 @@ from transformers.cache_utils import QuantizedLayer
 from kvat_core.engine import EngineError
 from kvat_core.errors import NothingFeasible, UsageError
 from kvat_core.schema import ModelShape, Plan, PlanEngine, Rule, needed_bytes
-from kvat_engine_transformers import (
-    FallbackWarning,
-    PlannedModel,
-    PlanWarning,
-    builtin_path,
-    headroom,
-    leftovers,
-    load_plan,
-    patch_generate,
-    runtime,
-)
-from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.kept import NAMES, cache_of
-from kvat_engine_transformers.knobs import space
-from kvat_engine_transformers.live import compiled_graphs
+from kvat_engine_transformers import FallbackWarning, PlannedModel, PlanWarning, builtin_path, load_plan, patch_generate
+from kvat_engine_transformers.calling import leftovers
+from kvat_engine_transformers.calling.kept import NAMES, cache_of
+from kvat_engine_transformers.proving.live import compiled_graphs
+from kvat_engine_transformers.serving import headroom, runtime
+from kvat_engine_transformers.settings.devices import probe_device
+from kvat_engine_transformers.settings.knobs import space
 
 README = Path(__file__).parents[1] / "README.md"
 GIB = 2**30

@@ -32,9 +32,12 @@ from kvat_core.schema import (
     Target,
 )
 from kvat_core.space import enumerate_candidates
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, actions, handover, knobs, reading
-from kvat_engine_transformers.caches import CACHES
-from kvat_engine_transformers.recipes import STEP_TOKENS, recipe
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine
+from kvat_engine_transformers.calling import actions
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.settings import knobs, reading
+from kvat_engine_transformers.settings.caches import CACHES
+from kvat_engine_transformers.settings.recipes import STEP_TOKENS, recipe
 
 QUICK = Profile(
     name="quick",

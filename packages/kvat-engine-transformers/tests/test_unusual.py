@@ -21,8 +21,9 @@ from kvat_core import Plan, Profile, TuneRequest, metrics, tune
 from kvat_core.engine import EngineError, SpaceRequest
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Objective, PromptSource, Recipe, Scenario
-from kvat_engine_transformers import TransformersAdapter, TransformersEngine, handover, load_plan
-from kvat_engine_transformers.recipes import STEP_TOKENS
+from kvat_engine_transformers import TransformersAdapter, TransformersEngine, load_plan
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.settings.recipes import STEP_TOKENS
 
 Prepared = Callable[..., tuple[TransformersAdapter, Recipe]]
 TEXT = PromptSource(kind="text", value="unused, there is no tokenizer")

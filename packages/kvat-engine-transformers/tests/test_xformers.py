@@ -17,24 +17,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from kvat_core.engine import EngineError, Probe
 from kvat_core.schema import ModelRef, ModelShape, Plan, PromptSource, Recipe
-from kvat_engine_transformers import (
-    FallbackWarning,
-    TransformersAdapter,
-    TransformersEngine,
-    actions,
-    builtin_path,
-    live,
-    load_plan,
-    observation,
-    proof,
-    registration,
-    snippet,
-)
-from kvat_engine_transformers.failures import translated
-from kvat_engine_transformers.knobs import space
+from kvat_engine_transformers import FallbackWarning, TransformersAdapter, TransformersEngine, builtin_path, load_plan
+from kvat_engine_transformers.calling import actions, registration
+from kvat_engine_transformers.calling.failures import translated
+from kvat_engine_transformers.outputs import snippet
+from kvat_engine_transformers.proving import live, observation, proof
+from kvat_engine_transformers.settings.knobs import space
 
 DOUBLE = Path(__file__).parent / "xformers_double"
-MODULES = ("xformers", "xformers.ops", "kvat_engine_transformers.xformers_attention")
+MODULES = ("xformers", "xformers.ops", "kvat_engine_transformers.calling.xformers_attention")
 TEXT = PromptSource(kind="text", value="the quick brown fox jumps over the lazy dog")
 XFORMERS = {"attention": "xformers"}
 CUDA = Probe(device="cuda:0", versions={})
@@ -61,7 +52,7 @@ def _double() -> Iterator[None]:
 @pytest.fixture
 def _offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this were a machine on which xFormers has kernels."""
-    monkeypatch.setattr("kvat_engine_transformers.knobs._unavailable_packages", lambda probe: {})
+    monkeypatch.setattr("kvat_engine_transformers.settings.knobs._unavailable_packages", lambda probe: {})
 
 
 def loaded(name: str, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -202,7 +193,7 @@ def test_without_a_kernel_for_the_call_the_candidate_fails() -> None:
 
 def test_a_package_that_cannot_be_imported_fails_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    monkeypatch.delitem(sys.modules, "kvat_engine_transformers.xformers_attention", raising=False)
+    monkeypatch.delitem(sys.modules, "kvat_engine_transformers.calling.xformers_attention", raising=False)
     with pytest.raises(EngineError, match=r"xformers cannot be imported: .*xformers\.ops") as caught:
         registration.register("xformers")
     assert caught.value.kind == "unsupported"
@@ -227,7 +218,7 @@ def test_where_it_cannot_be_imported_a_plan_goes_on_with_the_next(
     make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    monkeypatch.delitem(sys.modules, "kvat_engine_transformers.xformers_attention", raising=False)
+    monkeypatch.delitem(sys.modules, "kvat_engine_transformers.calling.xformers_attention", raising=False)
     model = loaded("llama", "sdpa")
     planned = load_plan(make_plan({"winner": XFORMERS, "eager": {"attention": "eager"}}), model=model)
     with pytest.warns(FallbackWarning, match="winner failed: xformers cannot be imported: .*; going on with eager"):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from kvat_engine_transformers.engine import TransformersEngine
 
 if TYPE_CHECKING:
-    from kvat_engine_transformers.adapter import TransformersAdapter
-    from kvat_engine_transformers.models import builtin_path, random_path
-    from kvat_engine_transformers.plan_warnings import FallbackWarning, PlanWarning
-    from kvat_engine_transformers.random_model import build_random_model
-    from kvat_engine_transformers.runtime import PlannedModel, load_plan, patch_generate
+    from kvat_engine_transformers.measuring.adapter import TransformersAdapter
+    from kvat_engine_transformers.model.models import builtin_path, random_path
+    from kvat_engine_transformers.model.random_model import build_random_model
+    from kvat_engine_transformers.serving.plan_warnings import FallbackWarning, PlanWarning
+    from kvat_engine_transformers.serving.runtime import PlannedModel, load_plan, patch_generate
 
 __all__ = [
     "FallbackWarning",
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
-    "FallbackWarning": "kvat_engine_transformers.plan_warnings",
-    "PlanWarning": "kvat_engine_transformers.plan_warnings",
-    "PlannedModel": "kvat_engine_transformers.runtime",
-    "TransformersAdapter": "kvat_engine_transformers.adapter",
-    "build_random_model": "kvat_engine_transformers.random_model",
-    "builtin_path": "kvat_engine_transformers.models",
-    "load_plan": "kvat_engine_transformers.runtime",
-    "patch_generate": "kvat_engine_transformers.runtime",
-    "random_path": "kvat_engine_transformers.models",
+    "FallbackWarning": "kvat_engine_transformers.serving.plan_warnings",
+    "PlanWarning": "kvat_engine_transformers.serving.plan_warnings",
+    "PlannedModel": "kvat_engine_transformers.serving.runtime",
+    "TransformersAdapter": "kvat_engine_transformers.measuring.adapter",
+    "build_random_model": "kvat_engine_transformers.model.random_model",
+    "builtin_path": "kvat_engine_transformers.model.models",
+    "load_plan": "kvat_engine_transformers.serving.runtime",
+    "patch_generate": "kvat_engine_transformers.serving.runtime",
+    "random_path": "kvat_engine_transformers.model.models",
 }
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from kvat_core.engine import ConfigFile, Engine, Probe, SpaceRequest
 from kvat_core.schema import Ceilings, Footprint, Knob, ModelRef, ModelShape, Plan, Recipe, Scenario, Target
-from kvat_engine_transformers import footprint, generation_config, knobs, placement, recipes, snippet
+from kvat_engine_transformers.outputs import generation_config, snippet
+from kvat_engine_transformers.settings import footprint, knobs, placement, recipes
 
 if TYPE_CHECKING:
     from kvat_core.engine import EngineAdapter
@@ -23,12 +24,12 @@ class TransformersEngine(Engine):
     options = placement.OPTIONS
 
     def probe(self, device: str | None, options: Mapping[str, str]) -> Probe:
-        from kvat_engine_transformers.devices import probe_device
+        from kvat_engine_transformers.settings.devices import probe_device
 
         return probe_device(device, options)
 
     def describe(self, model: ModelRef, device: str, options: Mapping[str, str]) -> ModelShape:
-        from kvat_engine_transformers.description import describe_model
+        from kvat_engine_transformers.model.description import describe_model
 
         return describe_model(model, device, options)
 
@@ -55,7 +56,7 @@ class TransformersEngine(Engine):
         return footprint.footprint(settings, scenario, shape, device)
 
     def ceilings(self, device: str, threads: int | None, dtypes: Sequence[str]) -> Ceilings | None:
-        from kvat_engine_transformers.ceilings import measure_ceilings
+        from kvat_engine_transformers.measuring.ceilings import measure_ceilings
 
         return measure_ceilings(device, threads, dtypes)
 
@@ -69,7 +70,7 @@ class TransformersEngine(Engine):
         # Else a compiler would find what earlier runs have left, and report a time that no first user sees.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
         os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
-        from kvat_engine_transformers.adapter import TransformersAdapter
+        from kvat_engine_transformers.measuring.adapter import TransformersAdapter
 
         return TransformersAdapter()
 

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from transformers import Cache, DynamicCache
 
 from kvat_engine_transformers import TransformersAdapter
-from kvat_engine_transformers.prompts import NONCE_TOKENS
+from kvat_engine_transformers.calling.prompts import NONCE_TOKENS
 
 SHARED = slice(NONCE_TOKENS, 2 * NONCE_TOKENS)
 """Positions of another request's tokens: beyond the block in which prompts of one text differ."""

@@ -17,8 +17,9 @@ from kvat_core.schema import (
     Scenario,
     Target,
 )
-from kvat_engine_transformers import TransformersEngine, recipes
-from kvat_engine_transformers.knobs import PLAIN
+from kvat_engine_transformers import TransformersEngine
+from kvat_engine_transformers.settings import recipes
+from kvat_engine_transformers.settings.knobs import PLAIN
 
 TWINS = ("first", "second", "third", "fourth")
 PER_LOAD = 2

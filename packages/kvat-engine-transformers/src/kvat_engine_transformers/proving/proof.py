@@ -8,9 +8,11 @@ from typing import Any
 from transformers import Cache
 
 from kvat_core.schema import Applied, Recipe
-from kvat_engine_transformers import actions, batching, live, reading
-from kvat_engine_transformers.knobs import DTYPES
-from kvat_engine_transformers.observation import FLASH_PARTS, Seen
+from kvat_engine_transformers.calling import actions, batching
+from kvat_engine_transformers.proving import live
+from kvat_engine_transformers.proving.observation import FLASH_PARTS, Seen
+from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.knobs import DTYPES
 
 
 def compare(seen: Seen, recipe: Recipe) -> Applied:

@@ -14,9 +14,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
-from kvat_engine_transformers import actions, batching, leftovers, reading, registration
-from kvat_engine_transformers.failures import translated
-from kvat_engine_transformers.rows import joined
+from kvat_engine_transformers.calling import actions, batching, leftovers, registration
+from kvat_engine_transformers.calling.failures import translated
+from kvat_engine_transformers.calling.rows import joined
+from kvat_engine_transformers.settings import reading
 
 _OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
 """Options of `generate` that a call by `generate_batch` takes, too."""

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.schema import Knob, KnobValue, ModelShape, Space
-from kvat_engine_transformers.caches import CACHES, CHUNKED, COMPILED, GROUP_SIZE, GROUPED, OF_GENERATE, RESIDUAL_LENGTH
+from kvat_engine_transformers.settings.caches import (
+    CACHES,
+    CHUNKED,
+    COMPILED,
+    GROUP_SIZE,
+    GROUPED,
+    OF_GENERATE,
+    RESIDUAL_LENGTH,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvat_core.errors import UsageError
-from kvat_engine_transformers.naming import BUILTIN, RANDOM
+from kvat_engine_transformers.model.naming import BUILTIN, RANDOM
 
 _PACKAGE = Path(__file__).parent
 SHAPES = _PACKAGE / "shapes"

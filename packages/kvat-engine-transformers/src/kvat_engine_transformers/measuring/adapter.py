@@ -17,26 +17,18 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTraine
 
 from kvat_core.engine import Answer, EngineAdapter, EngineError
 from kvat_core.schema import Applied, PromptSource, Recipe, RequestTiming, Resources, Timeline
-from kvat_engine_transformers import (
-    actions,
-    batching,
-    forcing,
-    handover,
-    leftovers,
-    live,
-    memory,
-    observation,
-    proof,
-    reading,
-    registration,
-)
-from kvat_engine_transformers.clocks import TokenClock, clock_for, synchronize
-from kvat_engine_transformers.failures import translated
-from kvat_engine_transformers.kept import cache_of
-from kvat_engine_transformers.models import Source, load_tokenizer, resolve
-from kvat_engine_transformers.prompts import model_inputs, prompt_ids, text_ids, unpadded
-from kvat_engine_transformers.random_model import build_random_model
-from kvat_engine_transformers.recipes import STEP_TOKENS
+from kvat_engine_transformers.calling import actions, batching, leftovers, registration
+from kvat_engine_transformers.calling.clocks import TokenClock, clock_for, synchronize
+from kvat_engine_transformers.calling.failures import translated
+from kvat_engine_transformers.calling.kept import cache_of
+from kvat_engine_transformers.calling.prompts import model_inputs, prompt_ids, text_ids, unpadded
+from kvat_engine_transformers.measuring import forcing, memory
+from kvat_engine_transformers.model.models import Source, load_tokenizer, resolve
+from kvat_engine_transformers.model.random_model import build_random_model
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.proving import live, observation, proof
+from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.recipes import STEP_TOKENS
 
 PROOF_TOKENS = 3
 """Enough for a prefill and two decode steps; a static cache has the scenario's slots all the same."""

@@ -9,7 +9,7 @@ from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.pareto import MEMORY_STEP_BYTES
 from kvat_core.schema import CandidateResult, FailureKind, ModelShape, Plan, Situation
-from kvat_engine_transformers import knobs
+from kvat_engine_transformers.settings import knobs
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from kvat_core.engine import EngineError
-from kvat_engine_transformers.failures import from_text
-from kvat_engine_transformers.recipes import BATCHING
-from kvat_engine_transformers.sectors import spare_blocks
+from kvat_engine_transformers.calling.failures import from_text
+from kvat_engine_transformers.settings.recipes import BATCHING
+from kvat_engine_transformers.settings.sectors import spare_blocks
 
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe
-from kvat_engine_transformers import reading
-from kvat_engine_transformers.recipes import BATCHING
+from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.recipes import BATCHING
 
 _GENERATE = '''\
 def generate(model, input_ids, max_new_tokens, **options):
@@ -154,14 +154,14 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         step_tokens=step_tokens,
         generation=literal(generation),
         others="\n".join(f"        {name}={value!r}," for name, value in others.items()),
-        joined=_function("rows.py", "joined"),
-        spare_blocks=_function("sectors.py", "spare_blocks"),
+        joined=_function("calling/rows.py", "joined"),
+        spare_blocks=_function("settings/sectors.py", "spare_blocks"),
     )
 
 
 def _function(file: str, name: str) -> str:
     """A function of this package as its source says it."""
-    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
     (node,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
     return str(ast.get_source_segment(text, node))
 

@@ -21,7 +21,7 @@ def register(attention: str) -> None:
     if attention not in _MODULES:
         return
     try:
-        importlib.import_module(f"kvat_engine_transformers.{_MODULES[attention]}")
+        importlib.import_module(f"kvat_engine_transformers.calling.{_MODULES[attention]}")
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise EngineError("unsupported", f"{attention} cannot be imported: {reason}") from error

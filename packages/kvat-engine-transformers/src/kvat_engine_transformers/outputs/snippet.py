@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable
 
 from kvat_core.schema import Plan, PlanModel, Recipe, Scenario
-from kvat_engine_transformers import handover, reading, registration
-from kvat_engine_transformers.handover import literal
-from kvat_engine_transformers.naming import BUILTIN, RANDOM
-from kvat_engine_transformers.recipes import STEP_TOKENS
-from kvat_engine_transformers.winner import winners_recipe
+from kvat_engine_transformers.calling import registration
+from kvat_engine_transformers.model.naming import BUILTIN, RANDOM
+from kvat_engine_transformers.outputs import handover
+from kvat_engine_transformers.outputs.handover import literal
+from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.recipes import STEP_TOKENS
+from kvat_engine_transformers.settings.winner import winners_recipe
 
 _TEMPLATE = '''\
 """{title}

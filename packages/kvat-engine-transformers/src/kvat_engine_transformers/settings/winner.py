@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvat_core.schema import ModelRef, Plan, Recipe, Target
-from kvat_engine_transformers.knobs import require_known
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.settings.knobs import require_known
+from kvat_engine_transformers.settings.recipes import recipe
 
 
 def winners_recipe(plan: Plan) -> Recipe:

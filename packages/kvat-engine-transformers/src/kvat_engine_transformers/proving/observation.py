@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
-from kvat_engine_transformers import batching, live
-from kvat_engine_transformers.kept import cache_of
-from kvat_engine_transformers.prompts import model_inputs, unpadded
-from kvat_engine_transformers.quantisation import packed_by
+from kvat_engine_transformers.calling import batching
+from kvat_engine_transformers.calling.kept import cache_of
+from kvat_engine_transformers.calling.prompts import model_inputs, unpadded
+from kvat_engine_transformers.model.quantisation import packed_by
+from kvat_engine_transformers.proving import live
 
 # Otherwise the profiler writes a line to stderr whenever it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

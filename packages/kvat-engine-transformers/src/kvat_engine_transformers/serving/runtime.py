@@ -28,17 +28,20 @@ from kvat_core.schema import (
     Target,
     read_plan,
 )
-from kvat_engine_transformers import headroom, kept, knobs, leftovers, live
-from kvat_engine_transformers.adapter import TransformersAdapter
-from kvat_engine_transformers.calls import NotBegun, carry_out, decodes_otherwise, merged, new_tokens
-from kvat_engine_transformers.description import describe_loaded, describe_model
-from kvat_engine_transformers.devices import probe_device
-from kvat_engine_transformers.differences import differences, of_cache
-from kvat_engine_transformers.generation_config import DECODING
-from kvat_engine_transformers.naming import RANDOM
-from kvat_engine_transformers.plan_warnings import FallbackWarning, PlanWarning, tell
-from kvat_engine_transformers.recipes import recipe
-from kvat_engine_transformers.usable import Usable, usable
+from kvat_engine_transformers.calling import kept, leftovers
+from kvat_engine_transformers.measuring.adapter import TransformersAdapter
+from kvat_engine_transformers.model.description import describe_loaded, describe_model
+from kvat_engine_transformers.model.naming import RANDOM
+from kvat_engine_transformers.outputs.generation_config import DECODING
+from kvat_engine_transformers.proving import live
+from kvat_engine_transformers.serving import headroom
+from kvat_engine_transformers.serving.calls import NotBegun, carry_out, decodes_otherwise, merged, new_tokens
+from kvat_engine_transformers.serving.differences import differences, of_cache
+from kvat_engine_transformers.serving.plan_warnings import FallbackWarning, PlanWarning, tell
+from kvat_engine_transformers.serving.usable import Usable, usable
+from kvat_engine_transformers.settings import knobs
+from kvat_engine_transformers.settings.devices import probe_device
+from kvat_engine_transformers.settings.recipes import recipe
 
 _FALLS_BACK: tuple[FailureKind, ...] = ("oom_device", "oom_host", "unsupported")
 """After these another candidate may do; whatever else happens is the caller's to know."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvat_core.schema import Footprint, ModelShape, Scenario
-from kvat_engine_transformers.caches import CACHES
-from kvat_engine_transformers.knobs import DTYPE_BYTES, NO_CHUNKS, OWN_THREADS
+from kvat_engine_transformers.settings.caches import CACHES
+from kvat_engine_transformers.settings.knobs import DTYPE_BYTES, NO_CHUNKS, OWN_THREADS
 
 _FLOAT_BYTES = 4
 _VERIFIED = ("llama", "mistral", "qwen3")

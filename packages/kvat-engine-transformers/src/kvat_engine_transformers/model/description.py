@@ -15,11 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, ModelShape
-from kvat_engine_transformers import architecture, quantisation
-from kvat_engine_transformers.devices import free_bytes, used_devices
-from kvat_engine_transformers.knobs import DTYPES
-from kvat_engine_transformers.models import SHAPES, Source, load_tokenizer, resolve
-from kvat_engine_transformers.widths import NO_COUNTS, mlp_size, parameter_counts
+from kvat_engine_transformers.model import architecture, quantisation
+from kvat_engine_transformers.model.models import SHAPES, Source, load_tokenizer, resolve
+from kvat_engine_transformers.model.widths import NO_COUNTS, mlp_size, parameter_counts
+from kvat_engine_transformers.settings.devices import free_bytes, used_devices
+from kvat_engine_transformers.settings.knobs import DTYPES
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -12,10 +12,10 @@ from pydantic import JsonValue
 from kvat_core.engine import ConfigFile
 from kvat_core.errors import UsageError
 from kvat_core.schema import ModelRef, Plan, Recipe, Target
-from kvat_engine_transformers import knobs, reading
-from kvat_engine_transformers.caches import CACHES
-from kvat_engine_transformers.recipes import recipe
-from kvat_engine_transformers.winner import winners_recipe
+from kvat_engine_transformers.settings import knobs, reading
+from kvat_engine_transformers.settings.caches import CACHES
+from kvat_engine_transformers.settings.recipes import recipe
+from kvat_engine_transformers.settings.winner import winners_recipe
 
 FILE = "generation_config.json"
 

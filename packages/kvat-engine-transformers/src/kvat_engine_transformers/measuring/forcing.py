@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvat_core.engine import EngineError
-from kvat_engine_transformers import batching
-from kvat_engine_transformers.recipes import BATCHING
+from kvat_engine_transformers.calling import batching
+from kvat_engine_transformers.settings.recipes import BATCHING
 
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float32]

@@ -15,7 +15,7 @@ from kvat_core.engine import Probe
 from kvat_core.errors import UsageError
 from kvat_core.probes.control_group import quota_cores
 from kvat_core.probes.cpu import available_memory_bytes, usable_cores
-from kvat_engine_transformers import libraries, placement
+from kvat_engine_transformers.settings import libraries, placement
 
 _DISTRIBUTIONS = ("torch", "transformers", "triton")
 

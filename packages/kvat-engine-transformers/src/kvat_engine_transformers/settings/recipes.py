@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe, Scenario, Target
-from kvat_engine_transformers.caches import CACHES
-from kvat_engine_transformers.knobs import KERNELS, NO_CHUNKS, OWN_THREADS
+from kvat_engine_transformers.settings.caches import CACHES
+from kvat_engine_transformers.settings.knobs import KERNELS, NO_CHUNKS, OWN_THREADS
 
 WARMUP_EAGER = 2
 WARMUP_COMPILED = 5

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from kvat_core.schema import Ceiling, Ceilings, ModelRef, PromptSource, Scenario, Target
-from kvat_engine_transformers import memory
-from kvat_engine_transformers.adapter import TransformersAdapter
-from kvat_engine_transformers.clocks import synchronize
-from kvat_engine_transformers.knobs import PLAIN
-from kvat_engine_transformers.recipes import recipe
+from kvat_engine_transformers.calling.clocks import synchronize
+from kvat_engine_transformers.measuring import memory
+from kvat_engine_transformers.measuring.adapter import TransformersAdapter
+from kvat_engine_transformers.settings.knobs import PLAIN
+from kvat_engine_transformers.settings.recipes import recipe
 
 _WARM_UPS, _REPEATS = 3, 10
 _LONGEST_S = 2.0

@@ -13,8 +13,8 @@ import psutil
 import torch
 from transformers import Cache, PreTrainedConfig
 
-from kvat_engine_transformers.caches import GROUP_SIZE, RESIDUAL_LENGTH
-from kvat_engine_transformers.description import cache_shape
+from kvat_engine_transformers.model.description import cache_shape
+from kvat_engine_transformers.settings.caches import GROUP_SIZE, RESIDUAL_LENGTH
 
 
 def start_peaks(device: torch.device) -> None:

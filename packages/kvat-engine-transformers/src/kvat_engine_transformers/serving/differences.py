@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from kvat_core.engine import Probe
 from kvat_core.machine import read_machine
 from kvat_core.schema import CandidateResult, Gpu, Machine, ModelShape, Plan, ScenarioResult
-from kvat_engine_transformers.caches import CACHES
-from kvat_engine_transformers.knobs import DTYPE_BYTES
-from kvat_engine_transformers.memory import predicted_cache_bytes
+from kvat_engine_transformers.measuring.memory import predicted_cache_bytes
+from kvat_engine_transformers.settings.caches import CACHES
+from kvat_engine_transformers.settings.knobs import DTYPE_BYTES
 
 
 def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from kvat_core.schema import Recipe
-from kvat_engine_transformers.caches import CACHES, CacheKind
-from kvat_engine_transformers.recipes import BATCHING
+from kvat_engine_transformers.settings.caches import CACHES, CacheKind
+from kvat_engine_transformers.settings.recipes import BATCHING
 
 
 def cache_kind(recipe: Recipe) -> CacheKind:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from kvat_engine_transformers import kept
+from kvat_engine_transformers.calling import kept
 
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 _BY_HEAD = {"head_dim", "num_key_value_heads"}

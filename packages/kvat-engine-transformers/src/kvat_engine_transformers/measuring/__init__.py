@@ -1,0 +1,1 @@
+"""The heavy half: one loaded model in one worker process."""

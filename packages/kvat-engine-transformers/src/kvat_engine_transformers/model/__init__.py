@@ -1,0 +1,1 @@
+"""What is tuned: where its files are, and what they tell."""

@@ -1,0 +1,1 @@
+"""What users take over: the code of a snippet, a generation_config.json."""

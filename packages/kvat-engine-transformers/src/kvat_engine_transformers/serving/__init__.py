@@ -1,0 +1,1 @@
+"""A plan at work, in a process of its user."""
