@@ -25,7 +25,7 @@ from journal_speed import invented_header, invented_resources, invented_sample
 
 from kvat_core import Scenario
 from kvat_core.machine import read_machine
-from kvat_core.planner import make_plan
+from kvat_core.planner import make_plan, stand_ins
 from kvat_core.run import Run
 from kvat_core.schema import (
     Applied,
@@ -84,7 +84,8 @@ def main() -> int:
             invented = Invented(machine, options.candidates)
             search = make(invented.load_keys, 0, allowance)
             begin(invented, search)
-            questions = ask(invented, Rationed(Vetted(search), invented.load_keys, allowance), options.questions)
+            vetted = Vetted(search, stand_ins)
+            questions = ask(invented, Rationed(vetted, invented.load_keys, allowance), options.questions)
             seconds = [one["next_s"] for one in questions]
             print(f"{name} {kind}: next launch in {median(seconds):.3f} s, at worst {max(seconds):.3f} s", flush=True)
             values[f"{name} {kind}"] = questions

@@ -50,6 +50,17 @@ def test_what_core_must_not_import_is_named_with_module_and_line(sources: Path, 
     assert f"kvat_core.errors -> {planted} (l.{line})" in result.stdout
 
 
+def test_what_can_be_set_knows_nothing_of_a_plan_at_work(sources: Path) -> None:
+    (sources / "kvat_engine_transformers/settings/planted.py").write_text(
+        "import kvat_engine_transformers.serving.runtime\n"
+    )
+
+    result = lint_imports(sources)
+
+    assert result.returncode == 1
+    assert "settings.planted -> kvat_engine_transformers.serving.runtime (l.1)" in result.stdout
+
+
 @pytest.mark.parametrize("package", ["kvat_cli", "kvat_report"])
 def test_only_entry_points_lead_to_an_engine(sources: Path, package: str) -> None:
     (sources / package / "planted.py").write_text("import kvat_engine_transformers\n")

@@ -456,6 +456,20 @@ def test_what_runs_today_may_lose_what_it_loses_and_nobody_much_more(tmp_path: P
 
 
 @pytest.mark.usefixtures("careless")
+def test_others_may_lose_as_much_as_what_runs_today(tmp_path: Path, in_process_worker: type) -> None:
+    """Today's loses far more than the limit; so others that lose the same in another way may take its place."""
+    request = {"space": "full", "incumbent": {"cache": "quantized"}}
+    plan = tuned(tmp_path / "out", in_process_worker, model="fake:trained", **request).plan
+    today = plan.candidate(plan.incumbent.id)
+    assert (today.fidelity.kl_nats or 0) > 0.01
+    assert today.fidelity.verdict == "close"
+    assert today.eligible
+    run = events(tmp_path / "out")
+    orders = [order.cells[0].candidate for order in run.launches if order.purpose == "fidelity"]
+    assert orders[0] == run.incumbent, "what others may lose is known before they are judged"
+
+
+@pytest.mark.usefixtures("careless")
 def test_who_shares_what_its_reference_loses_has_to_say_the_same(
     tmp_path: Path, in_process_worker: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,11 @@ def test_a_short_prompt_is_found_where_it_fills_a_long_one() -> None:
     assert without_prompt("cannot decode hush hush", own) == "cannot decode hush hush"
 
 
+def test_what_a_canary_says_backwards_is_withheld_as_well() -> None:
+    assert OWN.value is not None
+    assert without_prompt(f"cannot decode {OWN.value[::-1][:40]}", OWN) == WITHHELD
+
+
 def test_a_sample_text_of_ours_may_be_repeated() -> None:
     assert (
         without_prompt("Dear Dr Ågren, please keep this letter", OWN.model_copy(update={"kind": "preset"})) != WITHHELD

@@ -87,10 +87,10 @@ def objection(run: Run, candidate_id: str) -> str | None:
 
 def _beyond_the_limits(run: Run, candidate_id: str) -> str:
     losses, (most_kl_nats, least_agreement) = _losses(run, candidate_id), _limits(run)
-    agreement = min(loss.top1_agreement for loss in losses)
+    kl_nats, agreement = sum(loss.kl_nats for loss in losses), min(loss.top1_agreement for loss in losses)
     what_helps = "--max-kl or --allow-lossy accepts" if agreement >= least_agreement else "--allow-lossy accepts"
     return (
-        f"loses fidelity: KL {_nats(sum(loss.kl_nats for loss in losses))} nats of at most "
+        f"loses fidelity: KL {_nats(kl_nats) if kl_nats > most_kl_nats else f'{kl_nats:.2g}'} nats of at most "
         f"{most_kl_nats:.3g}, first choices agree in {_share(agreement)} of at least {100 * least_agreement:.3g} %; "
         f"{what_helps} that"
     )
@@ -101,7 +101,7 @@ def _limits(run: Run) -> tuple[float, float]:
     most_kl_nats, least_agreement = run.header.profile.limits.max_kl_nats or MAX_KL_NATS, MIN_TOP1_AGREEMENT
     today = run.alias_of(run.incumbent) or run.incumbent
     seen = run.fidelity.get(today)
-    if seen is None or run.entry(today).candidate.exact:
+    if seen is None or not is_measure(run, today):
         return most_kl_nats, least_agreement
     return most_kl_nats + seen.text.kl_nats, least_agreement - (1 - seen.text.top1_agreement)
 
@@ -175,10 +175,15 @@ def result(run: Run, candidate_id: str) -> FidelityResult:
     )
 
 
+def is_measure(run: Run, candidate_id: str) -> bool:
+    """Whether what a candidate loses, if it is what runs today, may be lost by others as well."""
+    entry = run.entry(candidate_id)
+    return entry.reference is not None and not entry.candidate.exact
+
+
 def is_vouched_for(run: Run, candidate_id: str) -> bool:
     """Whether a candidate's predictions were looked at, or nobody could look at them."""
-    name = run.alias_of(candidate_id) or candidate_id
-    return name in run.fidelity or not can_be_judged(run, name)
+    return candidate_id in run.fidelity or not can_be_judged(run, candidate_id)
 
 
 def canary(run: Run, candidate_id: str) -> CanaryVerdict | None:

@@ -121,12 +121,12 @@ def _canary(run: Run, winner: str) -> Literal["clean", "undetermined"] | None:
 
 
 def stand_ins(run: Run) -> list[str]:
-    """Candidates that the rules of a plan would name if the output of all were known to be right."""
+    """Candidates that the rules of a plan would name if what nobody has looked at yet turned out to be right."""
     decision = decide(run)
     if decision is None:
         return []
     results = tuple(_result(run, entry, decision) for entry in run.candidates)
-    return [rule.use for rule in derive_rules(run, decision, results, vouched_for=False)]
+    return [rule.use for rule in derive_rules(run, decision, results, unseen=True)]
 
 
 def public_model_id(model_id: str, scheme: str, *, local: bool) -> str:

@@ -43,7 +43,7 @@ class _Field:
 
 
 def derive_rules(
-    run: Run, decision: Decision, results: Sequence[CandidateResult], *, vouched_for: bool = True
+    run: Run, decision: Decision, results: Sequence[CandidateResult], *, unseen: bool = False
 ) -> tuple[Rule, ...]:
     """The rules of a plan, in order.
 
@@ -51,10 +51,15 @@ def derive_rules(
         run: what was measured.
         decision: what came of it.
         results: every candidate of the run, as the plan shows it.
-        vouched_for: whether they name only those whose output was looked at, where that can be done.
+        unseen: whether they also name those whose output nobody has tried to look at, where that can be done.
     """
     winner = next(result for result in results if result.id == decision.winner)
-    ranked = [one for one in eligible_by_score(results) if not vouched_for or fidelity.is_vouched_for(run, one.id)]
+    tried = run.fidelity_tried
+    ranked = [
+        one
+        for one in eligible_by_score(results)
+        if fidelity.is_vouched_for(run, one.id) or (unseen and one.id not in tried)
+    ]
     field = _Field(run, winner, ranked)
     ladder = list(_ladder(field))
     return (

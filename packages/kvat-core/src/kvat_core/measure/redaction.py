@@ -62,7 +62,10 @@ def without_prompt(text: str, source: PromptSource) -> str:
         text: from an adapter that has seen the prompt.
         source: with the prompt's text; a sample text of ours may be repeated.
     """
-    return WITHHELD if source.kind != "preset" and _repeats(text, source.value or "") else text
+    # The requests before a canary say it backwards.
+    said = source.value or ""
+    repeats = source.kind != "preset" and (_repeats(text, said) or _repeats(text, said[::-1]))
+    return WITHHELD if repeats else text
 
 
 def published(value: JsonValue, source: PromptSource, paths: Iterable[str] = ()) -> JsonValue:

@@ -99,9 +99,10 @@ def _verdict(cell: Cell, bench: Bench) -> tuple[CanaryVerdict, str]:
     instead = _answers(cell, bench, [longer, usual, shorter, usual], _INSTEAD)
     if instead == after:
         return "clean", "an answer depends on the lengths of the requests before it, not on what they said"
-    again = _answers(cell, bench, [usual], _BEFORE)
-    if again != alone:
-        if {one.tokens for one in (*alone, *after, *again)} == {alone[0].tokens}:
+    # Nobody is accused by what does not even repeat itself.
+    again = _answers(cell, bench, [usual], _BEFORE), _answers(cell, bench, [longer, usual, shorter, usual], _BEFORE)
+    if again != (alone, after):
+        if {one.tokens for one in (*alone, *after, *instead)} == {alone[0].tokens}:
             return "clean", "predictions differ from process to process, the tokens do not"
         return "undetermined", "two fresh processes answer the same request differently"
     changed = [what for what, one in zip(("longer", "shorter"), after, strict=True) if one != alone[0]]

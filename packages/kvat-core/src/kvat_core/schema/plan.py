@@ -393,7 +393,8 @@ class Plan(Record):
     def resolve(self, situation: Situation) -> CandidateResult:
         """The candidate to use: of the first rule that holds and whose candidate can run there, else the winner.
 
-        Where the winner cannot either, it is the one with the best score of those that can; where memory is too short
+        Where the winner cannot either, it is the one with the best score of those that can, and whose output was
+        looked at where that can be done; where memory is too short
         for all, the one for which least is lacking. A candidate whose peak is unknown counts as fitting wherever the
         winner does, and one of which nobody knows whether it holds the prompt as holding it wherever the winner is not
         known to fail. So with more free memory, and all else equal, nothing that is less preferred is ever chosen.

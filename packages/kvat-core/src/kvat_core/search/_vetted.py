@@ -43,7 +43,10 @@ class Vetted:
         # A run that is cut short should know what it compares with before what it would rather not recommend.
         if ready and order.purpose == "timing":
             return order.model_copy(update={"cells": ready})
-        return _judgement(run, waiting[0].candidate)
+        # What others may lose depends on what today's loses.
+        today = run.alias_of(run.incumbent) or run.incumbent
+        first = today if fidelity.is_measure(run, today) and _is_to_be_judged(run, today) else waiting[0].candidate
+        return _judgement(run, first)
 
     def remaining(self, run: Run) -> int:
         """Launches still to come if nothing fails, for the display."""
@@ -54,8 +57,7 @@ class Vetted:
         return left + (2 if left else len(self.of_the_winner(run)))
 
     def _of_a_stand_in(self, run: Run) -> LaunchOrder | None:
-        names = (run.alias_of(name) or name for name in self._stand_ins(run))
-        return next((_judgement(run, name) for name in names if _is_to_be_judged(run, name)), None)
+        return next((_judgement(run, name) for name in self._stand_ins(run) if _is_to_be_judged(run, name)), None)
 
     def of_the_winner(self, run: Run) -> list[LaunchOrder]:
         """What would vet the winner if the run were decided now, the first to be carried out first."""

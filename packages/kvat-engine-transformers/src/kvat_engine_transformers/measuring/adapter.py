@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
@@ -150,12 +151,12 @@ class TransformersAdapter(EngineAdapter):
     def answer(self, prompt: torch.Tensor, max_new_tokens: int, longest_tokens: int) -> Answer:
         handed_over = handover.imported(self._recipe, STEP_TOKENS)
         pinned = {} if reading.slots(self._recipe) is None else {"max_cache_len": longest_tokens}
-        with translated(), forcing.witnessed(self.model) as scores:
+        # What a captured graph of `generate_batch` computes cannot be looked at without changing it.
+        with translated(), nullcontext(None) if self._batched else forcing.witnessed(self.model) as scores:
             output = handed_over.generate(self.model, max_new_tokens=max_new_tokens, **model_inputs(prompt), **pinned)
         if output.shape[1] <= prompt.shape[1]:
             raise EngineError("no_output", "the code that is handed over answered nothing")
-        # What `generate_batch` computes together, and whether by a captured graph, is its own affair.
-        return Answer(tokens=digest(output, prompt), predictions=None if self._batched else scores())
+        return Answer(tokens=digest(output, prompt), predictions=None if scores is None else scores())
 
     def measure_resources(self) -> Resources:
         device = self.model.device
