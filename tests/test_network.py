@@ -64,7 +64,7 @@ def test_a_tune_of_a_local_model_opens_no_internet_socket(tmp_path: Path, kind: 
     model = "builtin:llama"
     if kind == "directory":
         model = str(tmp_path / "model")
-        with as_file(files("kvat_engine_transformers") / "builtin" / "llama") as folder:
+        with as_file(files("kvat_engine_transformers.model") / "builtin" / "llama") as folder:
             shutil.copytree(folder, model)
     profile = tmp_path / "quick.json"
     profile.write_text(QUICK.model_dump_json())

@@ -283,7 +283,7 @@ def test_a_run_that_is_killed_leaves_nothing_either(world: World, profile: Path)
 @pytest.fixture
 def model(world: World) -> Path:
     """A real model whose parent folders are nobody's business."""
-    with as_file(files("kvat_engine_transformers") / "builtin" / "llama") as folder:
+    with as_file(files("kvat_engine_transformers.model") / "builtin" / "llama") as folder:
         return Path(shutil.copytree(folder, world.root / NAMES["model"] / "mine"))
 
 

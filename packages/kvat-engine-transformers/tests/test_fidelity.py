@@ -87,6 +87,7 @@ def test_what_claims_to_be_exact_chooses_every_token_as_its_reference(
         assert part.kl_nats < 1e-6
 
 
+@pytest.mark.uses("paged")
 def test_what_a_model_penalises_takes_no_part_in_it(prepared: Prepared, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(builtin_path("llama"), folder)
@@ -103,6 +104,7 @@ def test_what_a_model_penalises_takes_no_part_in_it(prepared: Prepared, tmp_path
     assert text.kl_nats > 0.01
 
 
+@pytest.mark.uses("paged")
 def test_a_paged_cache_is_scored_step_by_step_whatever_it_is_timed_with(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_paged_cache_is_scored_step_by_step_whatever_it_is_timed_with(
     assert scored.page_size == timed.page_size
 
 
+@pytest.mark.uses("fp8")
 def test_what_a_quantised_cache_loses_is_told_apart_by_its_bits(prepared: Prepared, reference: Reference) -> None:
     kl_nats = {}
     for cache in ("fp8", "quanto_int4", "quanto_int2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import shutil
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import transformers
 from pydantic import JsonValue
 from torch.utils.cpp_extension import CUDA_HOME
-from transformers import ContinuousBatchingConfig, cache_utils
+from transformers import ContinuousBatchingConfig, GenerationMixin, cache_utils
 from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -73,9 +74,9 @@ def _has_pages() -> bool:
 
 
 def _passes_block_masks() -> bool:
-    # No name tells it: `prepare_inputs_for_generation` does, in its body.
-    major, minor = transformers.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (5, 24)
+    # No name tells it: some versions, as 5.23, lay out every mask anew, and this one is no tensor.
+    body = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
+    return ".contiguous()" not in body or "isinstance(attention_mask, torch.Tensor)" in body
 
 
 def _too_old(what: str) -> str:
