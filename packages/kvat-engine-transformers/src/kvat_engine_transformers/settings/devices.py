@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from pydantic import JsonValue
@@ -116,14 +115,8 @@ def _threads() -> int:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     # The version of the build itself, which names the accelerator toolkit as well.
-    return {**found, **libraries.versions(), "torch": torch.__version__}
+    return {**libraries.versions((*_DISTRIBUTIONS, *libraries.OPTIONAL)), "torch": torch.__version__}
 
 
 def _other_facts(device: str) -> dict[str, JsonValue]:

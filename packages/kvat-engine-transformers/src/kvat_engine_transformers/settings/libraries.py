@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import shutil
+from collections.abc import Iterable
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
@@ -47,10 +48,10 @@ def facts(kind: str, cxx: str | None) -> dict[str, JsonValue]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the optional distributions that are installed."""
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Of those distributions that are installed."""
     found: dict[str, str] = {}
-    for name in OPTIONAL:
+    for name in distributions:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
