@@ -168,6 +168,14 @@ def test_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
         TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
 
 
+def test_weights_that_are_not_all_there_are_not_made_up(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "model", num_hidden_layers=4)
+    extra = {"revision": None, "threads": 1, "compiled_for": None}
+    with pytest.raises(EngineError, match=r"lack 9 of its weights, as model\.layers\.3\.") as caught:
+        TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
+    assert caught.value.kind == "unsupported"
+
+
 def test_weights_of_another_config_say_what_to_do(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model", intermediate_size=96)
     extra = {"revision": None, "threads": 1, "compiled_for": None}

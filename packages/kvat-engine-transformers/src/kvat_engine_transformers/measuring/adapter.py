@@ -286,8 +286,9 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, de
     registration.register(attention)
     if source.kind == "random":
         return build_random_model(source.path, dtype=dtype, device=device, attention=attention)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path,
+        output_loading_info=True,
         dtype=dtype,
         attn_implementation=attention,
         local_files_only=True,
@@ -295,6 +296,10 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, de
         trust_remote_code=False,
         **({} if device_map is None else {"device_map": device_map}),
     )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        # Transformers makes them up, and says so in a warning.
+        raise EngineError("unsupported", f"the model's files lack {len(missing)} of its weights, as {missing[0]}")
     if device_map is None:
         return cast("PreTrainedModel", model.to(device).eval())
     elsewhere = sum(parameter.device.type != torch.device(device).type for parameter in model.parameters())
