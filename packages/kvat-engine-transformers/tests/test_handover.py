@@ -47,6 +47,17 @@ def test_what_a_generation_config_sets_comes_before_what_was_measured(handed_ove
     assert output.sequences.shape == (2, 12 + 3)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+def test_padding_without_a_mask_is_found_as_generate_finds_it(handed_over: HandedOver, cache: str) -> None:
+    code, model = handed_over(cache=cache)
+    padded = IDS.clone()
+    padded[0, :4] = model.generation_config.pad_token_id
+    expected = model.generate(padded, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    whole = torch.ones_like(padded)
+    assert not torch.equal(expected, code.generate(model, padded, 5, eos_token_id=None, attention_mask=whole))
+    assert torch.equal(expected, code.generate(model, padded, 5, eos_token_id=None))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_math"])
 def test_ids_from_inference_mode_are_the_callers_to_change(handed_over: HandedOver, attention: str) -> None:
     code, model = handed_over(grad_mode="inference_mode", attention=attention)

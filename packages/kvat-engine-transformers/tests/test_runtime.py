@@ -265,15 +265,17 @@ def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
     assert torch.isin(tokens[:, 12], likeliest).all()
 
 
-@pytest.mark.uses("paged")
-def test_padding_without_a_mask_is_padding_to_generate_batch_too(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+def test_padding_without_a_mask_is_padding(llama: PreTrainedModel, make_plan: MakePlan, cache: str) -> None:
     padded = IDS.clone()
     padded[0, :4] = llama.generation_config.pad_token_id
     options = {"max_new_tokens": 5, "eos_token_id": None}
     expected = llama.generate(padded, **options)
     assert not torch.equal(expected, llama.generate(padded, attention_mask=torch.ones_like(padded), **options))
-    with patch_generate(llama, make_plan({"paged": {"cache": "paged"}})):
+    plan = make_plan({"winner": {"cache": cache}})
+    with patch_generate(llama, plan):
         assert torch.equal(llama.generate(padded, **options), expected)
+    assert torch.equal(load_plan(plan, model=llama).generate(padded, **options), expected)
 
 
 def here() -> list[dict[str, str]]:

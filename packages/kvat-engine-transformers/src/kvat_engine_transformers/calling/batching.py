@@ -105,15 +105,6 @@ def arguments(model: PreTrainedModel, fields: Mapping[str, Any]) -> dict[str, An
     return {"generation_config": config, BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
 
 
-def mask(model: PreTrainedModel, input_ids: torch.Tensor, fields: Mapping[str, Any]) -> torch.Tensor:
-    """Where `generate` sees tokens if nobody tells it: not where there is padding, unless that ends a sequence, too."""
-    config = arguments(model, fields)["generation_config"]
-    own: Any = model
-    own._prepare_special_tokens(config, False, device=input_ids.device)
-    inferred: torch.Tensor = own._prepare_attention_mask_for_generation(input_ids, config, {})
-    return inferred
-
-
 def unserved(model: PreTrainedModel, fields: Mapping[str, Any]) -> str | None:
     """What of a call `generate_batch` would leave out, so that it chose or ended otherwise than `generate`, or None.
 

@@ -1,7 +1,18 @@
-"""Answers of several prompts in one tensor, as `generate` returns them. Snippets carry the text of this module."""
+"""Prompts and answers as rows of one tensor, as `generate` takes and returns them. Snippets carry these functions."""
 
 import torch
 from transformers import GenerationConfig
+
+
+def seen(input_ids: torch.Tensor, defaults: GenerationConfig, options: dict[str, object]) -> torch.Tensor:
+    """Where there are tokens: as `generate` finds it, not where there is padding, unless that ends a sequence, too."""
+    asked = options.get("generation_config")
+    sources = (options, {} if asked is None else vars(asked), vars(defaults))
+    names = ("pad_token_id", "eos_token_id")
+    padding, ends = (next((one[name] for one in sources if one.get(name) is not None), None) for name in names)
+    if not isinstance(padding, int) or padding in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        return torch.ones_like(input_ids)
+    return torch.ne(input_ids, padding).long()
 
 
 def joined(

@@ -18,16 +18,22 @@ from kvat_engine_transformers.settings import reading
 from kvat_engine_transformers.settings.recipes import BATCHING
 
 _GENERATE = '''\
+{seen}
+
+
 def generate(model, input_ids, max_new_tokens, **options):
     """Generate greedily, as it was measured; every call has a cache of its own.
 
-    `options` go to `model.generate` and come before what was measured: an attention mask for padded
-    prompts, for example, `do_sample=True`, or what a `generation_config` sets.{notes}
+    `options` go to `model.generate` and come before what was measured: `do_sample=True`, for example, or what a
+    `generation_config` sets. Without an `attention_mask`, padding is found as `generate` finds it.{notes}
     """
 {body}
 '''
 
 _GENERATE_BATCH = '''\
+{seen}
+
+
 {spare_blocks}
 
 
@@ -35,14 +41,15 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     """Answers of Transformers' continuous batching, in the order of the prompts, with the time of each token.
 
     `options` change its generation config and come before what was measured, `do_sample=True` for example; those
-    that it cannot serve are a TypeError. Where `attention_mask` is 0 there is no token: nothing is padded here.
+    that it cannot serve are a TypeError. Where `attention_mask` is 0 there is no token: nothing is padded here. Without
+    one, padding is found as `generate` finds it.
     """
     served = ("do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "eos_token_id", "pad_token_id")
     if strange := next((name for name in options if name not in served), None):
         raise TypeError(f"generate_batch does not serve {{strange}}; leave it out, or call model.generate")
-    prompts = input_ids.tolist()
-    if attention_mask is not None:
-        prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
+    if attention_mask is None:
+        attention_mask = seen(input_ids, model.generation_config, options)
+    prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
     pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
     config = copy.deepcopy(model.generation_config)
     # As `generate` does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
@@ -108,7 +115,8 @@ def source(shown: Recipe, step_tokens: int) -> str:
     """
     if shown.call == "generate_batch":
         return _generate_batch(shown, step_tokens)
-    return _GENERATE.format(body="\n".join(_body(shown)), notes="".join(_notes(shown)))
+    seen = _function("calling/rows.py", "seen")
+    return _GENERATE.format(seen=seen, body="\n".join(_body(shown)), notes="".join(_notes(shown)))
 
 
 def imported(shown: Recipe, step_tokens: int) -> Any:
@@ -135,7 +143,7 @@ def imports(shown: Recipe) -> tuple[list[str], list[str]]:
     lines = []
     if reading.forced_kernel(shown) is not None:
         lines.append("from torch.nn.attention import SDPBackend, sdpa_kernel")
-    return lines, ["CompileConfig"] if "compile_config" in shown.arguments else []
+    return lines, [*(["CompileConfig"] if "compile_config" in shown.arguments else []), "GenerationConfig"]
 
 
 def literal(value: object) -> str:
@@ -154,6 +162,7 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         step_tokens=step_tokens,
         generation=literal(generation),
         others="\n".join(f"        {name}={value!r}," for name, value in others.items()),
+        seen=_function("calling/rows.py", "seen"),
         joined=_function("calling/rows.py", "joined"),
         spare_blocks=_function("settings/sectors.py", "spare_blocks"),
     )
@@ -179,7 +188,7 @@ def _body(shown: Recipe) -> list[str]:
     setup = [
         *_compile_lines(shown.arguments.get("compile_config")),
         "measured = {",
-        '    "attention_mask": torch.ones_like(input_ids),',
+        '    "attention_mask": seen(input_ids, model.generation_config, options),',
         *(f"    {json.dumps(name)}: {_argument(name, value)}," for name, value in measured.items()),
         "}",
         'asked = vars(options["generation_config"]) if options.get("generation_config") else {}',

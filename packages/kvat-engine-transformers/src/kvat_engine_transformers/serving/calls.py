@@ -16,7 +16,7 @@ from kvat_core.engine import EngineError
 from kvat_core.schema import Recipe
 from kvat_engine_transformers.calling import actions, batching, leftovers, registration
 from kvat_engine_transformers.calling.failures import translated
-from kvat_engine_transformers.calling.rows import joined
+from kvat_engine_transformers.calling.rows import joined, seen
 from kvat_engine_transformers.settings import reading
 
 _OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
@@ -182,7 +182,7 @@ def _generate_batch(
         raise NotBegun(f"generate_batch cannot generate {arguments['max_new_tokens']} tokens")
     if (reason := batching.unserved(model, arguments)) is not None:
         raise NotBegun(reason)
-    real = batching.mask(model, input_ids, arguments) if mask is None else mask
+    real = seen(input_ids, model.generation_config, dict(options)) if mask is None else mask
     rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, real, strict=True)]
     answers = [request.output_ids for request in batching.generate(model, rows, arguments)]
     return joined(input_ids, answers, model.generation_config, dict(options))

@@ -29,6 +29,7 @@ from kvat_core.schema import (
     read_plan,
 )
 from kvat_engine_transformers.calling import kept, leftovers
+from kvat_engine_transformers.calling.rows import seen
 from kvat_engine_transformers.measuring.adapter import TransformersAdapter
 from kvat_engine_transformers.model.description import describe_loaded, describe_model
 from kvat_engine_transformers.model.naming import RANDOM
@@ -137,8 +138,8 @@ class PlannedModel:
         Args:
             input_ids: one row per prompt.
             max_new_tokens: at most, per prompt.
-            options: for `model.generate`; they come before what was measured. Without an `attention_mask` nothing
-                counts as padding.
+            options: for `model.generate`; they come before what was measured. Without an `attention_mask`,
+                padding is found as `generate` finds it.
 
         Raises:
             UsageError: there are no rows of tokens.
@@ -146,8 +147,8 @@ class PlannedModel:
             torch.OutOfMemoryError: and whatever else `model.generate` raises, once no other candidate is left.
         """
         _require_tensor(input_ids)
-        mask = {} if "attention_mask" in options else {"attention_mask": torch.ones_like(input_ids)}
-        return self._follow(input_ids, max_new_tokens, {**mask, **options, "max_new_tokens": max_new_tokens}, leave=())
+        found = {"attention_mask": seen(input_ids, self.model.generation_config, options)}
+        return self._follow(input_ids, max_new_tokens, {**found, **options, "max_new_tokens": max_new_tokens}, leave=())
 
     def choose(self, prompt_tokens: int, batch_size: int = 1) -> CandidateResult:
         """By whom a call of this shape would run now.
