@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvat_cli.preview import print_dry_run
 from kvat_core import preview
 from kvat_core.preview import DryRun, TimeBounds
 from kvat_core.schema import Scenario
@@ -88,6 +89,31 @@ def test_many_that_are_excluded_for_one_reason_are_counted(kvat: Run, out: Path)
 
     (line,) = (line for line in outcome.out.splitlines() if "was excluded by request" in line)
     assert line.strip().startswith("cache=static; cache=static graph=on; cache=static kernel=flash and 3 more  ")
+
+
+def test_options_of_what_cannot_run_are_no_choice(found: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(unavailable: str | None) -> list[str]:
+        cache = found.knobs[0]
+        values = (
+            one.model_copy(update={"unavailable": unavailable}) if one.name == "static" else one for one in cache.values
+        )
+        knobs = (cache.model_copy(update={"values": tuple(values)}), *found.knobs[1:])
+        print_dry_run(found.model_copy(update={"knobs": knobs}))
+        _, _, rest = capsys.readouterr().out.partition("\nValues of each knob:\n")
+        return [line.split()[0] for line in rest.partition("\n\n")[0].splitlines()]
+
+    assert shown(None) == ["cache", "kernel", "graph"]
+    assert shown("nobody has it") == ["cache", "kernel"]
+
+
+def test_of_very_many_candidates_some_are_named(found: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+    one = found.candidates[0]
+    many = tuple(one.model_copy(update={"label": f"number {number}"}) for number in range(60))
+    print_dry_run(found.model_copy(update={"candidates": many}))
+    said = capsys.readouterr().out
+    assert "number 49 " in said
+    assert "number 50 " not in said
+    assert "\n  and 10 more, all of which --json names\n" in said
 
 
 def test_limits_are_shown_in_words(kvat: Run, out: Path) -> None:

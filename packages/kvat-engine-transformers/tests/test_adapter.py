@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvat_core import metrics
 from kvat_core.engine import EngineError
@@ -121,6 +122,21 @@ def test_the_end_of_a_sequence_ends_no_timed_call(prepared: Prepared, tiny_direc
     # Every token of this model is an end-of-sequence token.
     adapter, _ = prepared(str(tiny_directory), dtype="bfloat16")
     assert metrics.invalid_reason(adapter.run_decode(prompt(adapter), 6), SCENARIO) is None
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_model_that_predicts_no_numbers_proves_nothing(
+    prepared: Prepared, tiny_directory: Path, tmp_path: Path, cache: str
+) -> None:
+    # It chooses tokens all the same, and as its own reference it is exact.
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    adapter, _ = prepared(str(tmp_path), dtype="bfloat16", cache=cache)
+    assert adapter.generate(prompt(adapter), 6).tokens.shape == (1, 48 + 6)
+    with pytest.raises(EngineError, match="predicts nothing that is a number") as caught:
+        adapter.applied(prompt(adapter))
+    assert caught.value.kind == "invalid_output"
 
 
 @pytest.mark.parametrize("habit", [{"do_sample": True, "temperature": 0.5}, {"num_beams": 3}, {"use_cache": False}])

@@ -279,8 +279,9 @@ def test_every_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_says(
 ) -> None:
     # Longer than any chunk.
     scenario = Scenario(prompt_tokens=2 * max(knobs.PREFILL_CHUNKS), output_tokens=3)
-    ids = torch.arange(scenario.prompt_tokens)[None]
     adapter, _ = prepared("builtin:llama")
+    padding = adapter.model.generation_config.pad_token_id
+    ids = padding + 1 + torch.arange(scenario.prompt_tokens)[None]
     seen: list[tuple[dict[str, Any], bool, set[str]]] = []
 
     def allowed() -> set[str]:
@@ -310,8 +311,9 @@ def test_every_paged_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_sa
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenario = Scenario(prompt_tokens=300, output_tokens=3, batch_size=2)
-    ids = torch.stack([torch.arange(300), torch.arange(300).flip(0)])
     adapter, _ = prepared("builtin:llama", cache="paged")
+    row = adapter.model.generation_config.pad_token_id + 1 + torch.arange(300)
+    ids = torch.stack([row, row.flip(0)])
     run, seen = adapter.model.generate_batch, []
 
     def generate_batch(rows: list[list[int]], **arguments: Any) -> Any:

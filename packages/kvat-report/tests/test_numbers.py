@@ -16,6 +16,7 @@ def estimate(median: float, low: float | None = None, high: float | None = None)
         (estimate(0.0123, 0.0121, 0.0126), "12.3 ms [12.1, 12.6]"),
         (estimate(0.0123, 0.008, 0.020), "12 ms [8, 20]"),
         (estimate(0.0123, 0.012299, 0.012301), "12.30 ms [12.30, 12.30]"),
+        (estimate(0.0123, 0.0123 * (1 - 1e-15), 0.0123 * (1 + 1e-15)), "12.3 ms"),
         (estimate(1.7203, 1.70, 1.74), "1.72 s [1.70, 1.74]"),
         (estimate(0.99996), "1.00 s"),
         (estimate(0.9996e-3), "1.00 ms"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kvat_core.preview import DryRun, Prospect
     from kvat_core.schema import Knob, Limits, Scenario, Space
 
+_SHOWN = 50
+"""Candidates in words; a full space has thousands."""
 _HEADINGS = ("candidate", "load", "peak without libraries", "TTFT at least", "decode at most")
 
 
@@ -25,8 +27,11 @@ def print_dry_run(found: DryRun) -> None:
     print(f"{found.model} on {found.device} with {found.engine}, profile {found.profile.name}: nothing was measured.")
     largest = max(found.profile.scenarios, key=lambda scenario: scenario.total_tokens * scenario.batch_size)
     title = f"Candidates, what runs today first, with bounds in {largest.key}:"
-    _print_block(title, [_HEADINGS, *(_row(candidate, largest) for candidate in found.candidates)])
-    _print_block("Values of each knob:", [(knob.name, _values(knob, found.space)) for knob in found.knobs])
+    _print_block(title, [_HEADINGS, *(_row(candidate, largest) for candidate in found.candidates[:_SHOWN])])
+    if (more := len(found.candidates) - _SHOWN) > 0:
+        print(f"  and {more} more, all of which --json names")
+    acting = [knob for knob in found.knobs if _can_act(knob, found.knobs)]
+    _print_block("Values of each knob:", [(knob.name, _values(knob, found.space)) for knob in acting])
     _print_block("Cannot run here:", [row for knob in found.knobs for row in _unavailable(knob)])
     _print_block("Excluded:", list(_exclusions(found)))
     _print_block("Limits:", [(condition,) for condition in _conditions(found.profile.limits)])
@@ -49,6 +54,13 @@ def _row(candidate: Prospect, scenario: Scenario) -> tuple[str, ...]:
         numbers.NOTHING if bounds is None else numbers.seconds(bounds.ttft_s),
         numbers.NOTHING if bounds is None else numbers.tokens_per_second(bounds.decode_tps),
     )
+
+
+def _can_act(knob: Knob, knobs: Sequence[Knob]) -> bool:
+    """Whether what a knob needs of the others can run here: without a quantised cache, none of its options matters."""
+    values = {(other.name, value.name): value for other in knobs for value in other.values}
+    needed = ([values[name, choice] for choice in names] for name, names in knob.when.items())
+    return all(any(value.unavailable is None for value in options) for options in needed)
 
 
 def _values(knob: Knob, space: Space) -> str:

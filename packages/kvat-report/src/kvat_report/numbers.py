@@ -94,7 +94,7 @@ def _time(value: float, low: float | None, high: float | None) -> str:
 
 
 def _with_interval(value: float, low: float | None, high: float | None, unit: str, least_decimals: int = 0) -> str:
-    if low is None or high is None or low == high:
+    if low is None or high is None or math.isclose(low, high, rel_tol=1e-9):
         return f"{_fixed(value, max(least_decimals, _decimals(value)))}{unit}"
     decimals = max(least_decimals, min(_interval_decimals(high - low), _decimals(value, digits=4)))
     return f"{_fixed(value, decimals)}{unit} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"

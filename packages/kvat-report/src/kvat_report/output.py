@@ -19,8 +19,16 @@ def output(plan: Plan) -> str | None:
     """Fidelity and isolation of the winner; None where there is no winner, or nobody looked."""
     if plan.winner is None:
         return None
-    told = [_fidelity(plan.candidate(plan.winner.id).fidelity), plan.canary and _CANARY[plan.canary]]
+    winner, today = (plan.candidate(one.id).fidelity for one in (plan.winner, plan.incumbent))
+    told = [_fidelity(winner), _beside(winner, today), plan.canary and _CANARY[plan.canary]]
     return "; ".join(filter(None, told)) or None
+
+
+def _beside(winner: FidelityResult, today: FidelityResult) -> str | None:
+    """What closeness is measured by, where what runs today loses something itself."""
+    if winner.verdict != "close" or today.verdict != "close":
+        return None
+    return f"others may lose as much as what runs today, KL {numbers.nats(today.kl_nats)} nats, and the limits beyond"
 
 
 def _fidelity(seen: FidelityResult) -> str | None:

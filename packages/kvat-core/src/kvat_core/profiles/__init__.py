@@ -68,8 +68,9 @@ def _from_file(path: Path) -> Profile:
         profile = Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UsageError(f"profile {path}: {where}: {first['msg']}; see kvat schema profile") from error
+        raise UsageError(f"profile {path}: {where}: {said}; see kvat schema profile") from error
     if profile != presets().get(profile.name, profile):
         raise UsageError(f"profile {path} has the name of the preset {profile.name} and is another one; rename it")
     return profile

@@ -264,6 +264,12 @@ class PlanModel(Record):
         default=None, description="how the checkpoint stores its weights packed; null for plain numbers"
     )
     sha256: str | None
+    architecture: str | None = Field(default=None, description="in the engine's words")
+    layers: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden_size: int | None = Field(default=None, description="numbers per token between two layers")
+    vocab_size: int | None = None
 
 
 class PlanEngine(Record):
@@ -468,5 +474,6 @@ def read_plan(path: Path | str) -> Plan:
         return Plan.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UsageError(f"{path} is not a plan: {where}: {first['msg']}; write it again with kvat tune") from error
+        raise UsageError(f"{path} is not a plan: {where}: {said}; write it again with kvat tune") from error

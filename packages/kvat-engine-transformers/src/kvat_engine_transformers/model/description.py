@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import sdpa_attention
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvat_core.errors import UsageError
@@ -52,15 +53,8 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
     weight_bytes = plain_bytes if packed is None else _file_bytes(source.path)
     _require_memory(model.id, weight_bytes, devices)
     return ModelShape(
-        architecture=str(config.model_type),
-        layers=text.num_hidden_layers,
-        attention=_attention_kinds(text),
-        kv_heads=_kv_heads(text),
-        head_dim=_head_dim(text),
-        attention_heads=_attention_heads(text),
-        hidden_size=getattr(text, "hidden_size", None),
+        **_dimensions(config),
         mlp_size=mlp_size(skeleton),
-        vocab_size=getattr(text, "vocab_size", None),
         sliding_window=_window(text),
         max_context_tokens=_longest_position(text),
         dtype=dtype,
@@ -72,7 +66,12 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
         local=source.kind == "directory" or (source.kind == "random" and source.path.parent != SHAPES),
         sha256=_digest(source.path) if source.kind in ("builtin", "directory") else None,
         has_tokenizer=load_tokenizer(source) is not None,
-        facts={"sdpa": without_sdpa, "devices": len(devices), **architecture.limits(skeleton, device)},
+        facts={
+            "sdpa": without_sdpa,
+            "devices": len(devices),
+            "packs_queries": hasattr(sdpa_attention, "pack_gqa"),
+            **architecture.limits(skeleton, device),
+        },
     )
 
 
@@ -90,16 +89,26 @@ def describe_loaded(model: PreTrainedModel) -> ModelShape:
     _require_cache(name, model)
     without_sdpa = None if type(model)._supports_sdpa else f"Transformers has no SDPA for {model.config.model_type}"
     return ModelShape(
-        architecture=str(model.config.model_type),
-        layers=text.num_hidden_layers,
-        attention=_attention_kinds(text),
-        kv_heads=_kv_heads(text),
-        head_dim=_head_dim(text),
-        attention_heads=_attention_heads(text),
+        **_dimensions(model.config),
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=quantisation.kind(model.config),
         facts={"sdpa": without_sdpa, **architecture.limits(model, str(model.device))},
     )
+
+
+def _dimensions(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config alone tells; fields of `ModelShape` of the same names."""
+    text = config.get_text_config(decoder=True)
+    return {
+        "architecture": str(config.model_type),
+        "layers": text.num_hidden_layers,
+        "attention": _attention_kinds(text),
+        "kv_heads": _kv_heads(text),
+        "head_dim": _head_dim(text),
+        "attention_heads": _attention_heads(text),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "vocab_size": getattr(text, "vocab_size", None),
+    }
 
 
 def _read_config(model_id: str, source: Source) -> PreTrainedConfig:

@@ -131,7 +131,8 @@ def observe(
         graphs_before: `compiled_graphs` before the first call of the recipe.
 
     Raises:
-        EngineError: the model keeps its keys and values in something else than a `Cache`, or keeps none.
+        EngineError: the model keeps its keys and values in something else than a `Cache`, or keeps none; or what it
+            predicts is no number, by which it chooses tokens all the same.
     """
     if recipe.call == "generate_batch":
         return _observe_batch(model, prompt, arguments, graphs_before)
@@ -142,7 +143,8 @@ def observe(
         # Compiled beforehand, because tracing calls kernels that the compiled graph does not.
         generate(**inputs, **arguments)
     with witness.watching(model), profile(activities=_activities(model.device)) as profiler:
-        output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True)
+        output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True, output_logits=True)
+    _require_numbers(output.logits)
     cache = cache_of(output)
     if cache is None:
         raise EngineError("unsupported", "this architecture hands back no cache that could prove what ran")
@@ -185,6 +187,13 @@ def _observe_batch(
         grad_mode=" and ".join(sorted(modes)) or "unknown",
         **_of_the_model(model, graphs_before),
     )
+
+
+def _require_numbers(logits: Iterable[torch.Tensor]) -> None:
+    """Of each step: an impossible token is minus infinity, but not all are, and none is undefined."""
+    for step in logits:
+        if bool(step.isnan().any()) or bool((step.amax(dim=-1) == -torch.inf).any()):
+            raise EngineError("invalid_output", "the model predicts nothing that is a number: are its weights damaged?")
 
 
 def _of_the_model(model: PreTrainedModel, graphs_before: int) -> dict[str, Any]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from kvat_core.engine import Probe
 from kvat_core.machine import read_machine
-from kvat_core.schema import CandidateResult, Gpu, Machine, ModelShape, Plan, ScenarioResult
-from kvat_engine_transformers.measuring.memory import predicted_cache_bytes
-from kvat_engine_transformers.settings.caches import CACHES
-from kvat_engine_transformers.settings.knobs import DTYPE_BYTES
+from kvat_core.schema import Gpu, Machine, ModelShape, Plan
+
+_DIMENSIONS = ("architecture", "layers", "kv_heads", "head_dim", "hidden_size", "vocab_size")
+"""By which another model shows even where nobody digests its weights, as of one that is loaded."""
 
 
 def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:
@@ -34,33 +32,10 @@ def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:
         yield "weights with another digest"
     if shape.quantization != plan.model.quantization:
         yield f"quantisation {_shown(shape.quantization)} instead of {_shown(plan.model.quantization)}"
-
-
-def of_cache(plan: Plan, config: PreTrainedConfig) -> Iterator[str]:
-    """By the size of a dynamic cache, whether a model that is loaded, so that nobody digests its weights, is another.
-
-    Args:
-        plan: as it was made.
-        config: of the model.
-    """
-    for one in plan.candidates:
-        known = one.settings.get("cache") == "dynamic" and one.settings.get("dtype") in DTYPE_BYTES
-        for call in one.scenarios if known else ():
-            found, before = _cache_bytes(config, one, call), call.kv_cache_predicted_bytes
-            if None not in (found, before) and found != before:
-                yield f"a KV cache of {found} bytes instead of {before} at {call.key}"
-                return
-
-
-def _cache_bytes(config: PreTrainedConfig, one: CandidateResult, call: ScenarioResult) -> int | None:
-    return predicted_cache_bytes(
-        config,
-        {"cache_implementation": CACHES["dynamic"].implementation},
-        prompt_tokens=call.prompt_tokens,
-        output_tokens=call.output_tokens,
-        batch_size=call.batch_size,
-        element_bytes=DTYPE_BYTES[one.settings["dtype"]],
-    )
+    for name in _DIMENSIONS:
+        before, found = getattr(plan.model, name), getattr(shape, name)
+        if None not in (before, found) and before != found:
+            yield f"{name} {found} instead of {before}"
 
 
 def _of_machines(now: Machine, before: Machine) -> Iterator[str]:

@@ -37,7 +37,7 @@ from kvat_engine_transformers.outputs.generation_config import DECODING
 from kvat_engine_transformers.proving import live
 from kvat_engine_transformers.serving import headroom
 from kvat_engine_transformers.serving.calls import NotBegun, carry_out, decodes_otherwise, merged, new_tokens
-from kvat_engine_transformers.serving.differences import differences, of_cache
+from kvat_engine_transformers.serving.differences import differences
 from kvat_engine_transformers.serving.plan_warnings import FallbackWarning, PlanWarning, tell
 from kvat_engine_transformers.serving.usable import Usable, usable
 from kvat_engine_transformers.settings import knobs
@@ -74,6 +74,10 @@ def load_plan(
         NothingFeasible: the plan has no winner, or none of its candidates can run here.
         EngineError: the model cannot be loaded; the reason is one line.
     """
+    if not isinstance(plan, (Plan, Path, str)):
+        raise UsageError(f"a {type(plan).__name__} is no plan and no path of one; name a best_plan.json")
+    if requests is not None:
+        _require_positive(requests=requests)
     made = plan if isinstance(plan, Plan) else read_plan(plan)
     if made.engine.name != "transformers":
         raise UsageError(f"the plan is for the engine {made.engine.name}; use that one's own means")
@@ -97,6 +101,8 @@ def patch_generate(
     Raises:
         UsageError, NothingFeasible: as `load_plan`.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"a {type(model).__name__} is no model that is loaded; load it, or use load_plan")
     planned = load_plan(plan, model=model, requests=requests)
     own = vars(model)
     before = own.get("generate")
@@ -154,8 +160,10 @@ class PlannedModel:
         """By whom a call of this shape would run now.
 
         Raises:
+            UsageError: a number is not positive.
             NothingFeasible: no candidate of the plan can serve it.
         """
+        _require_positive(prompt_tokens=prompt_tokens, batch_size=batch_size)
         return self._usable.resolve(self._situation(prompt_tokens, batch_size))
 
     def _in_place_of_generate(self) -> Callable[..., Any]:
@@ -256,7 +264,7 @@ def _target(plan: Plan, model: ModelRef, device: str) -> Target:
 
 def _bound(plan: Plan, model: PreTrainedModel, requests: int | None) -> PlannedModel:
     probe, shape = probe_device(live.name_of(model.device), {}), describe_loaded(model)
-    _tell([*differences(plan, probe, shape), *of_cache(plan, model.config)])
+    _tell(differences(plan, probe, shape))
     return PlannedModel(plan, model, shape, probe, requests)
 
 
@@ -286,6 +294,11 @@ def _load(made: Recipe) -> PreTrainedModel:
 def _require_tensor(input_ids: object) -> None:
     if not isinstance(input_ids, torch.Tensor):
         raise UsageError(f"a {type(input_ids).__name__} is no tensor; of what a tokenizer returns pass its input_ids")
+
+
+def _require_positive(**counts: int) -> None:
+    if wrong := next((name for name, count in counts.items() if count < 1), None):
+        raise UsageError(f"{wrong} is {counts[wrong]}; give 1 at least")
 
 
 def _tell(found: Iterable[str]) -> None:

@@ -83,6 +83,10 @@ class _Layer:
         self._head_dim = head_dim
         self._queries = self._heads * head_dim
         self._keys = kv_heads * head_dim
+        # Keys and values, once for each query head that shares them.
+        self._repeats = 2 * self._queries if self._queries > self._keys else 0
+        # Else SDPA with the mask of unfilled slots repeats them in each step.
+        self._packs_queries = bool(shape.facts.get("packs_queries", True))
 
     @classmethod
     def of(cls, shape: ModelShape, element_bytes: int) -> _Layer | None:
@@ -104,18 +108,20 @@ class _Layer:
         return scenario.batch_size * (always * tokens * numbers + lasting + max(pointwise, attention))
 
     def step_bytes(self, settings: Mapping[str, str], scenario: Scenario) -> int:
-        """The logits with their copy in float32; and a growing cache holds one layer's keys twice for a moment."""
+        """The logits with their copy in float32; and a growing cache holds one layer's keys twice for a moment.
+
+        Transformers before 5.23 repeats those of a static one for every query head; its `pack_gqa` ended that.
+        """
         positions = scenario.total_tokens - 1
         logits = self._vocabulary * (self._element_bytes + _FLOAT_BYTES)
         if settings["cache"] == "static" and settings["attention"] != "eager":
-            return scenario.batch_size * logits
+            repeated = 0 if self._packs_queries else self._repeats * scenario.total_tokens * self._element_bytes
+            return scenario.batch_size * (logits + repeated)
         copied = max(self._keys, self._repeated(settings)) * positions * self._element_bytes
         return scenario.batch_size * (logits + copied)
 
     def _repeated(self, settings: Mapping[str, str]) -> int:
-        """Keys and values, once for each query head that shares them."""
-        grouped = self._queries > self._keys
-        return 2 * self._queries if grouped and settings["attention"] in _MATERIALISED else 0
+        return self._repeats if settings["attention"] in _MATERIALISED else 0
 
     def _attention_bytes(self, settings: Mapping[str, str], scenario: Scenario) -> int:
         """Of attention itself, where it holds more than the fused kernel does without a mask, else 0."""
@@ -127,9 +133,7 @@ class _Layer:
             return self._math_bytes(tokens)
         if self._is_masked(tokens):
             # The kernel turns the mask into numbers; queries, output, and repeated keys and values.
-            return (tokens * tokens + (2 + 2 * (self._queries > self._keys)) * self._queries * tokens) * (
-                self._element_bytes
-            )
+            return (tokens * tokens + (2 * self._queries + self._repeats) * tokens) * (self._element_bytes)
         return 0
 
     def _eager_bytes(self, tokens: int, slots: int, settings: Mapping[str, str]) -> int:
