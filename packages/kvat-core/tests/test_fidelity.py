@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvat_core import Profile, TuneRequest, decide_again, likeness, tune
+from kvat_core import Profile, Progress, TuneRequest, decide_again, likeness, tune
 from kvat_core.costs import spent_launches
 from kvat_core.engine import Answer, EngineError
 from kvat_core.errors import AllFailed
@@ -343,7 +343,11 @@ def test_who_would_stand_in_for_the_winner_is_judged_as_well(
         "incumbent": {"cache": "offloaded", "kernel": "eager"},
         "excluded": (("cache", "dynamic"), ("cache", "quantized")),
     }
-    sound = tuned(tmp_path / "sound", in_process_worker, model="fake:trained", **request).plan
+    shown: list[Progress] = []
+    asked = TuneRequest(out=tmp_path / "sound", model="fake:trained", **request)
+    sound = tune(asked, shown.append, open_worker=in_process_worker).plan
+    assert sum(order.purpose == "fidelity" for order in events(tmp_path / "sound").launches) > 1
+    assert all(progress.launches_left > 0 for progress in shown if progress.activity.startswith("judging"))
     (rule,) = [rule for rule in sound.rules if rule.when.feature_missing == "cache=static"]
     stand_in = sound.candidate(rule.use)
     assert stand_in.fidelity.verdict == "exact"

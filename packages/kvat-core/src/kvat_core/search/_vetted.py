@@ -35,7 +35,7 @@ class Vetted:
         """The next launch, or None when enough is known."""
         order = self._search.next(run)
         if order is None:
-            return next(iter(self.of_the_winner(run)), None) or self._of_a_stand_in(run)
+            return next(iter(self.of_the_winner(run) or self._of_stand_ins(run)), None)
         waiting = [cell for cell in order.cells if _has_to_wait(run, cell.candidate, order.purpose)]
         if not waiting:
             return order
@@ -54,10 +54,11 @@ class Vetted:
         if all(entry.reference is None for entry in run.candidates):
             return left
         # Until it is known, the winner is one that has to be judged.
-        return left + (2 if left else len(self.of_the_winner(run)))
+        return left + 2 if left else len(self.of_the_winner(run)) + len(self._of_stand_ins(run))
 
-    def _of_a_stand_in(self, run: Run) -> LaunchOrder | None:
-        return next((_judgement(run, name) for name in self._stand_ins(run) if _is_to_be_judged(run, name)), None)
+    def _of_stand_ins(self, run: Run) -> list[LaunchOrder]:
+        names = dict.fromkeys(self._stand_ins(run))
+        return [_judgement(run, name) for name in names if _is_to_be_judged(run, name)]
 
     def of_the_winner(self, run: Run) -> list[LaunchOrder]:
         """What would vet the winner if the run were decided now, the first to be carried out first."""
