@@ -15,6 +15,7 @@ from kvat_core.schema import (
     Failure,
     JournalRef,
     LaunchOrder,
+    ModelDimensions,
     ModelShape,
     Objective,
     Profile,
@@ -48,7 +49,7 @@ def test_random_weights_are_said_in_the_plan(make_run: MakeRun) -> None:
     plan = make_plan(make_run({"today": [1.0, 1.0]}, shape=shape), REF)
     assert plan.model.weights == "random"
     assert any("fidelity are not" in note for note in plan.notes)
-    assert (plan.model.architecture, plan.model.layers, plan.model.hidden_size) == ("fake", 1, None)
+    assert plan.model.dimensions == ModelDimensions(architecture="fake", layers=1)
 
 
 def test_a_run_cut_short_tells_what_was_not_reached(make_run: MakeRun) -> None:

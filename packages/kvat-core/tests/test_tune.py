@@ -316,6 +316,9 @@ def test_what_nobody_chose_is_noted(out: Path, monkeypatch: pytest.MonkeyPatch, 
     plan = tune(TuneRequest(out=out, model="fake:tiny"), open_worker=in_process_worker).plan
     for part in ("no profile was named", "measuring with 1 of 8 cores", "the weights are random"):
         assert any(part in note for note in plan.notes)
+    asked = TuneRequest(out=out.with_name("more"), model="fake:tiny", threads=9)
+    crowded = tune(asked, open_worker=in_process_worker).plan
+    assert any("measuring with 9 threads on 8 cores" in note for note in crowded.notes)
 
 
 def test_progress_tells_what_is_done_and_what_is_left(out: Path) -> None:

@@ -22,6 +22,7 @@ from kvat_core.schema import (
     Confidence,
     Estimate,
     JournalRef,
+    ModelDimensions,
     ModelRef,
     Objective,
     Plan,
@@ -36,6 +37,7 @@ from kvat_core.schema import (
     WinnerMetrics,
 )
 from kvat_engine_transformers import TransformersAdapter
+from kvat_engine_transformers.model.description import describe_model
 from kvat_engine_transformers.settings.devices import probe_device
 from kvat_engine_transformers.settings.knobs import PLAIN
 from kvat_engine_transformers.settings.libraries import facts
@@ -173,7 +175,9 @@ def make_plan() -> Callable[..., Plan]:
             kvat="0",
             created="2026-01-01T00:00:00Z",
             engine=PlanEngine(name="transformers", versions=probe_device("cpu", {}).versions),
-            model=PlanModel(id="builtin:llama", revision=None, weights="checkpoint", sha256=None),
+            model=PlanModel(
+                id="builtin:llama", revision=None, weights="checkpoint", sha256=None, dimensions=_llama_dimensions()
+            ),
             machine=read_machine("cpu", 1),
             profile=Profile(name="mine", scenarios=(SCENARIO,), objective=Objective(ttft=1)),
             incumbent=chosen[-1],
@@ -189,6 +193,12 @@ def make_plan() -> Callable[..., Plan]:
         return plan.model_copy(update=changes)
 
     return make
+
+
+@cache
+def _llama_dimensions() -> ModelDimensions:
+    shape = describe_model(ModelRef(id="builtin:llama"), "cpu", {})
+    return ModelDimensions(**{name: getattr(shape, name) for name in ModelDimensions.model_fields})
 
 
 def _result(choice: Choice, score: float, peak_bytes: int | None) -> CandidateResult:

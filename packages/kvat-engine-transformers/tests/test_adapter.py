@@ -124,13 +124,14 @@ def test_the_end_of_a_sequence_ends_no_timed_call(prepared: Prepared, tiny_direc
     assert metrics.invalid_reason(adapter.run_decode(prompt(adapter), 6), SCENARIO) is None
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_model_that_predicts_no_numbers_proves_nothing(
-    prepared: Prepared, tiny_directory: Path, tmp_path: Path, cache: str
+    prepared: Prepared, tiny_directory: Path, tmp_path: Path, cache: str, value: float
 ) -> None:
     # It chooses tokens all the same, and as its own reference it is exact.
     model = AutoModelForCausalLM.from_pretrained(tiny_directory)
-    model.model.norm.weight.data[0] = torch.nan
+    model.model.norm.weight.data[0] = value
     model.save_pretrained(tmp_path)
     adapter, _ = prepared(str(tmp_path), dtype="bfloat16", cache=cache)
     assert adapter.generate(prompt(adapter), 6).tokens.shape == (1, 48 + 6)

@@ -173,7 +173,8 @@ def test_weights_that_are_not_all_there_are_not_made_up(tmp_path: Path) -> None:
     extra = {"revision": None, "threads": 1, "compiled_for": None}
     with pytest.raises(EngineError, match=r"lack 9 of its weights, as model\.layers\.3\.") as caught:
         TransformersAdapter().load_model(str(folder), "float32", "cpu", "sdpa", extra)
-    assert caught.value.kind == "unsupported"
+    assert caught.value.kind == "error"
+    assert str(caught.value).endswith("fetch them again, or mend its config.json")
 
 
 def test_weights_of_another_config_say_what_to_do(tmp_path: Path) -> None:

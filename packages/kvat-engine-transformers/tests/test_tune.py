@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -333,6 +334,29 @@ def test_every_paged_candidate_of_the_cpu_runs_from_its_snippet_as_its_recipe_sa
         assert expected.items() <= found["generation_config"].items()
         assert pool.items() <= found["continuous_batching_config"].items()
     assert len(made) == len(("shared blocks", "blocks of their own"))
+
+
+def test_a_snippet_measures_prompts_without_padding(
+    make_plan: Callable[..., Plan], tmp_path: Path, prepared: Prepared
+) -> None:
+    # Among ids that are drawn from the whole vocabulary are those of padding, too.
+    script = tmp_path / "snippet.py"
+    script.write_text(TransformersEngine().snippet(make_plan({"winner": {}}))["snippet.py"])
+    module = runpy.run_path(str(script))
+    masks: list[torch.Tensor] = []
+
+    def generate(model: Any, input_ids: torch.Tensor, count: int, **options: Any) -> None:
+        assert (input_ids == model.generation_config.pad_token_id).any()
+        masks.append(options["attention_mask"])
+        for _ in range(count + 1):
+            options["streamer"].put(None)
+
+    measure = module["measure"]
+    measure.__globals__["generate"] = generate
+    adapter, _ = prepared("builtin:llama")
+    measure(adapter.model, 2048, 3, 2)
+    assert masks
+    assert all(bool(mask.all()) and mask.shape == (2, 2048) for mask in masks)
 
 
 def test_the_snippet_keeps_the_chunks_of_the_longest_prompt(make_plan: Callable[..., Plan]) -> None:

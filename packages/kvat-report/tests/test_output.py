@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kvat_core.schema import FidelityResult, Plan
+from kvat_core.schema import FidelityLimits, FidelityResult, Plan
 from kvat_report import output
 
 MakePlan = Callable[..., Plan]
@@ -41,18 +41,12 @@ def test_a_verdict_is_told_with_its_figures(of_winner: Callable[..., Plan], verd
     assert output(of_winner(verdict=verdict, **FIGURES)) == f"{verdict} {IN_WORDS}"
 
 
-def test_closeness_is_told_with_what_today_loses(of_winner: Callable[..., Plan]) -> None:
-    plan = of_winner(verdict="close", **FIGURES)
-    for verdict, told in (
-        ("close", "; others may lose as much as what runs today, KL 0.02 nats, and the limits beyond"),
-        ("exact", ""),
-    ):
-        today = FidelityResult(verdict=verdict, kl_nats=0.02, top1_agreement=0.98, tokens=512)
-        candidates = (
-            one.model_copy(update={"fidelity": today}) if one.id == plan.incumbent.id else one
-            for one in plan.candidates
-        )
-        assert output(plan.model_copy(update={"candidates": tuple(candidates)})) == f"close {IN_WORDS}{told}"
+def test_closeness_is_told_with_the_limits_in_force(of_winner: Callable[..., Plan]) -> None:
+    limits = FidelityLimits(kl_nats=0.03, top1_agreement=0.9699)
+    plan = of_winner(verdict="close", **FIGURES).model_copy(update={"fidelity_limits": limits})
+    assert output(plan) == f"close {IN_WORDS}; the limits were KL 0.03 nats and 96.9 %"
+    exact = of_winner(verdict="exact", **FIGURES).model_copy(update={"fidelity_limits": limits})
+    assert output(exact) == f"exact {IN_WORDS}"
 
 
 def test_random_weights_are_named_as_what_makes_figures_meaningless(of_winner: Callable[..., Plan]) -> None:

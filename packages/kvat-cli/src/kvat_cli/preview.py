@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvat_core.schema import Knob, Limits, Scenario, Space
 
 _SHOWN = 50
-"""Candidates in words; a full space has thousands."""
+"""Lines about single candidates; a full space has thousands."""
 _HEADINGS = ("candidate", "load", "peak without libraries", "TTFT at least", "decode at most")
 
 
@@ -27,15 +27,13 @@ def print_dry_run(found: DryRun) -> None:
     print(f"{found.model} on {found.device} with {found.engine}, profile {found.profile.name}: nothing was measured.")
     largest = max(found.profile.scenarios, key=lambda scenario: scenario.total_tokens * scenario.batch_size)
     title = f"Candidates, what runs today first, with bounds in {largest.key}:"
-    _print_block(title, [_HEADINGS, *(_row(candidate, largest) for candidate in found.candidates[:_SHOWN])])
-    if (more := len(found.candidates) - _SHOWN) > 0:
-        print(f"  and {more} more, all of which --json names")
+    _print_first(title, [_row(candidate, largest) for candidate in found.candidates], _HEADINGS)
     acting = [knob for knob in found.knobs if _can_act(knob, found.knobs)]
     _print_block("Values of each knob:", [(knob.name, _values(knob, found.space)) for knob in acting])
     _print_block("Cannot run here:", [row for knob in found.knobs for row in _unavailable(knob)])
     _print_block("Excluded:", list(_exclusions(found)))
     _print_block("Limits:", [(condition,) for condition in _conditions(found.profile.limits)])
-    _print_block("Cannot keep them:", [(one.label, miss) for one in found.candidates for miss in one.misses])
+    _print_first("Cannot keep them:", [(one.label, miss) for one in found.candidates for miss in one.misses])
     _print_block("Launches and time:", [(line,) for line in _effort(found)])
     _print_block("Notes:", [(note,) for note in found.notes])
 
@@ -43,6 +41,12 @@ def print_dry_run(found: DryRun) -> None:
 def _print_block(title: str, rows: Sequence[Sequence[str]]) -> None:
     if rows:
         print(f"\n{title}\n{indent(columns(rows), '  ')}")
+
+
+def _print_first(title: str, rows: Sequence[Sequence[str]], *heading: Sequence[str]) -> None:
+    _print_block(title, [*heading, *rows[:_SHOWN]])
+    if (more := len(rows) - _SHOWN) > 0:
+        print(f"  and {more} more, all of which --json names")
 
 
 def _row(candidate: Prospect, scenario: Scenario) -> tuple[str, ...]:

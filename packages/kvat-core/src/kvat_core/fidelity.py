@@ -6,7 +6,15 @@ import math
 from typing import Literal
 
 from kvat_core.run import Run
-from kvat_core.schema import CanaryVerdict, Fidelity, FidelityResult, FidelityVerdict, Likeness, Scenario
+from kvat_core.schema import (
+    CanaryVerdict,
+    Fidelity,
+    FidelityLimits,
+    FidelityResult,
+    FidelityVerdict,
+    Likeness,
+    Scenario,
+)
 
 TEXT_STEPS = 256
 """Tokens of the text that are forced: twice what quantised caches of Transformers keep unquantised at the end, so that
@@ -53,8 +61,9 @@ def verdict(run: Run, candidate_id: str) -> FidelityVerdict | None:
         return "exact"
     if run.header.shape.weights == "random":
         return "not_meaningful"
-    kl_nats, agreement = _limits(run)
-    within = sum(loss.kl_nats for loss in worst) <= kl_nats and min(loss.top1_agreement for loss in worst) >= agreement
+    most = limits_in_force(run)
+    kl_nats, agreement = sum(loss.kl_nats for loss in worst), min(loss.top1_agreement for loss in worst)
+    within = kl_nats <= most.kl_nats and agreement >= most.top1_agreement
     return "close" if within else "lossy"
 
 
@@ -86,24 +95,25 @@ def objection(run: Run, candidate_id: str) -> str | None:
 
 
 def _beyond_the_limits(run: Run, candidate_id: str) -> str:
-    losses, (most_kl_nats, least_agreement) = _losses(run, candidate_id), _limits(run)
+    losses, most = _losses(run, candidate_id), limits_in_force(run)
     kl_nats, agreement = sum(loss.kl_nats for loss in losses), min(loss.top1_agreement for loss in losses)
-    what_helps = "--max-kl or --allow-lossy accepts" if agreement >= least_agreement else "--allow-lossy accepts"
+    what_helps = "--max-kl or --allow-lossy accepts" if agreement >= most.top1_agreement else "--allow-lossy accepts"
     return (
-        f"loses fidelity: KL {_nats(kl_nats) if kl_nats > most_kl_nats else f'{kl_nats:.2g}'} nats of at most "
-        f"{most_kl_nats:.3g}, first choices agree in {_share(agreement)} of at least {100 * least_agreement:.3g} %; "
-        f"{what_helps} that"
+        f"loses fidelity: KL {_nats(kl_nats) if kl_nats > most.kl_nats else f'{kl_nats:.2g}'} nats of at most "
+        f"{most.kl_nats:.3g}, first choices agree in {_share(agreement)} of at least "
+        f"{100 * most.top1_agreement:.3g} %; {what_helps} that"
     )
 
 
-def _limits(run: Run) -> tuple[float, float]:
+def limits_in_force(run: Run) -> FidelityLimits:
     """The largest KL and the least agreement, where what runs today may lose as much as it does."""
     most_kl_nats, least_agreement = run.header.profile.limits.max_kl_nats or MAX_KL_NATS, MIN_TOP1_AGREEMENT
     today = run.alias_of(run.incumbent) or run.incumbent
     seen = run.fidelity.get(today)
     if seen is None or not is_measure(run, today):
-        return most_kl_nats, least_agreement
-    return most_kl_nats + seen.text.kl_nats, least_agreement - (1 - seen.text.top1_agreement)
+        return FidelityLimits(kl_nats=most_kl_nats, top1_agreement=least_agreement)
+    agreement = least_agreement - (1 - seen.text.top1_agreement)
+    return FidelityLimits(kl_nats=most_kl_nats + seen.text.kl_nats, top1_agreement=agreement)
 
 
 def may_be_accepted(run: Run, candidate_id: str) -> bool:

@@ -328,6 +328,8 @@ def _notes(request: TuneRequest, probe: Probe, shape: ModelShape) -> Iterator[st
     cores = usable_cores()
     if request.threads is None and probe.device == "cpu" and probe.threads is not None and probe.threads != cores:
         yield f"measuring with {probe.threads} of {cores} cores: if you serve with others, say so with --threads"
+    if request.threads is not None and request.threads > cores:
+        yield f"measuring with {request.threads} threads on {cores} cores, where they wait for each other"
     if shape.weights == "checkpoint" and not shape.has_tokenizer:
         yield "the model has no tokenizer that can be loaded: its prompts are random tokens"
 

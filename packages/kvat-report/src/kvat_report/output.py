@@ -19,16 +19,17 @@ def output(plan: Plan) -> str | None:
     """Fidelity and isolation of the winner; None where there is no winner, or nobody looked."""
     if plan.winner is None:
         return None
-    winner, today = (plan.candidate(one.id).fidelity for one in (plan.winner, plan.incumbent))
-    told = [_fidelity(winner), _beside(winner, today), plan.canary and _CANARY[plan.canary]]
+    winner = plan.candidate(plan.winner.id).fidelity
+    told = [_fidelity(winner), _close_to_what(winner, plan), plan.canary and _CANARY[plan.canary]]
     return "; ".join(filter(None, told)) or None
 
 
-def _beside(winner: FidelityResult, today: FidelityResult) -> str | None:
-    """What closeness is measured by, where what runs today loses something itself."""
-    if winner.verdict != "close" or today.verdict != "close":
+def _close_to_what(winner: FidelityResult, plan: Plan) -> str | None:
+    """The limits within which a winner is close, as what runs today may have widened them."""
+    if winner.verdict != "close" or plan.fidelity_limits is None:
         return None
-    return f"others may lose as much as what runs today, KL {numbers.nats(today.kl_nats)} nats, and the limits beyond"
+    most = plan.fidelity_limits
+    return f"the limits were KL {numbers.nats(most.kl_nats)} nats and {numbers.agreement(most.top1_agreement)}"
 
 
 def _fidelity(seen: FidelityResult) -> str | None:

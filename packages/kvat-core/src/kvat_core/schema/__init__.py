@@ -27,7 +27,7 @@ from kvat_core.schema.events import (
     Target,
 )
 from kvat_core.schema.fallback import Condition, Rule, Situation, needed_bytes
-from kvat_core.schema.fidelity import CanaryVerdict, Fidelity, FidelityVerdict, Likeness, Rounding
+from kvat_core.schema.fidelity import CanaryVerdict, Fidelity, FidelityLimits, FidelityVerdict, Likeness, Rounding
 from kvat_core.schema.machine import Gpu, Machine
 from kvat_core.schema.measurement import (
     Applied,
@@ -40,7 +40,7 @@ from kvat_core.schema.measurement import (
     Sample,
     Timeline,
 )
-from kvat_core.schema.model import ModelRef, ModelShape
+from kvat_core.schema.model import ModelDimensions, ModelRef, ModelShape
 from kvat_core.schema.plan import (
     BoundedBy,
     CandidateResult,
@@ -106,6 +106,7 @@ __all__ = [
     "Failure",
     "FailureKind",
     "Fidelity",
+    "FidelityLimits",
     "FidelityResult",
     "FidelityVerdict",
     "FirstCall",
@@ -130,6 +131,7 @@ __all__ = [
     "Machine",
     "MaxContext",
     "Measured",
+    "ModelDimensions",
     "ModelRef",
     "ModelShape",
     "NearMiss",

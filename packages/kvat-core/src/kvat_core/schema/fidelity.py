@@ -12,6 +12,13 @@ FidelityVerdict = Literal["exact", "close", "lossy", "broken", "not_meaningful"]
 CanaryVerdict = Literal["clean", "leak", "undetermined"]
 
 
+class FidelityLimits(Record):
+    """How far from its reference a candidate may be, what runs today loses included."""
+
+    kl_nats: float = Field(ge=0, description="at most")
+    top1_agreement: float = Field(le=1, description="at least")
+
+
 class Likeness(Record):
     """How near two ways to compute are in what they predict, on the same forced tokens, one after the other."""
 

@@ -17,24 +17,29 @@ class ModelRef(Record):
     allow_download: bool = Field(default=False, description="whether the engine may fetch missing files")
 
 
-class ModelShape(Record):
+class ModelDimensions(Record):
+    """By which a model is told from another one without its weights; null is what its metadata does not tell."""
+
+    architecture: str = Field(description="in the engine's words")
+    layers: int = Field(gt=0)
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    attention_heads: int | None = Field(default=None, description="query heads")
+    hidden_size: int | None = Field(default=None, description="numbers per token between two layers")
+    vocab_size: int | None = None
+    sliding_window: int | None = Field(default=None, description="tokens; null without windowed layers")
+
+
+class ModelShape(ModelDimensions):
     """What an engine knows of a model from its metadata alone.
 
     A value that the metadata cannot tell is null: *no prediction*, never a guess.
     """
 
-    architecture: str
-    layers: int = Field(gt=0)
     attention: tuple[Literal["full", "sliding", "other"], ...] = Field(description="kind per layer")
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    attention_heads: int | None = Field(default=None, description="query heads")
-    hidden_size: int | None = Field(default=None, description="numbers per token between two layers")
     mlp_size: int | None = Field(
         default=None, description="inner width of each layer's gated MLP; null where layers have another one, or differ"
     )
-    vocab_size: int | None = None
-    sliding_window: int | None = Field(default=None, description="tokens; null without windowed layers")
     max_context_tokens: int | None = Field(default=None, description="longest position, prompt and output together")
     dtype: str | None = Field(default=None, description="dtype the weights are stored in")
     quantization: str | None = Field(

@@ -13,9 +13,10 @@ from typing_extensions import Self
 from kvat_core.errors import NotDecided, NothingFeasible, UsageError
 from kvat_core.schema._base import FORMAT, Record
 from kvat_core.schema.fallback import Rule, Situation, needed_bytes
-from kvat_core.schema.fidelity import FidelityVerdict
+from kvat_core.schema.fidelity import FidelityLimits, FidelityVerdict
 from kvat_core.schema.machine import Machine
 from kvat_core.schema.measurement import Failure
+from kvat_core.schema.model import ModelDimensions
 from kvat_core.schema.workload import Profile, Scenario
 
 State = Literal["ok", "failed", "excluded", "pruned", "not_reached", "undecided"]
@@ -264,12 +265,7 @@ class PlanModel(Record):
         default=None, description="how the checkpoint stores its weights packed; null for plain numbers"
     )
     sha256: str | None
-    architecture: str | None = Field(default=None, description="in the engine's words")
-    layers: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    hidden_size: int | None = Field(default=None, description="numbers per token between two layers")
-    vocab_size: int | None = None
+    dimensions: ModelDimensions | None = None
 
 
 class PlanEngine(Record):
@@ -340,6 +336,9 @@ class Plan(Record):
         default=None,
         description="of the winner: clean, what earlier requests of its process said changes no answer, though their "
         "lengths may; undetermined, that could not be told; null = nobody looked",
+    )
+    fidelity_limits: FidelityLimits | None = Field(
+        default=None, description="that were in force; null where any loss was allowed"
     )
     drift: Drift | None = Field(default=None, description="null: what runs today had too few launches to tell")
     pareto: tuple[str, ...] = Field(

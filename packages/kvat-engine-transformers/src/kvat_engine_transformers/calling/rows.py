@@ -7,9 +7,14 @@ from transformers import GenerationConfig
 def seen(input_ids: torch.Tensor, defaults: GenerationConfig, options: dict[str, object]) -> torch.Tensor:
     """Where there are tokens: as `generate` finds it, not where there is padding, unless that ends a sequence, too."""
     asked = options.get("generation_config")
-    sources = (options, {} if asked is None else vars(asked), vars(defaults))
-    names = ("pad_token_id", "eos_token_id")
-    padding, ends = (next((one[name] for one in sources if one.get(name) is not None), None) for name in names)
+    configs = ({} if asked is None else vars(asked), vars(defaults))
+    found = []
+    for name in ("pad_token_id", "eos_token_id"):
+        # An argument counts even where it is None; in a config, None leaves it to the next one.
+        value = next((one[name] for one in configs if one.get(name) is not None), None)
+        value = options.get(name, value)
+        found.append(value.tolist() if isinstance(value, torch.Tensor) else value)
+    padding, ends = found
     if not isinstance(padding, int) or padding in (ends if isinstance(ends, (list, tuple)) else [ends]):
         return torch.ones_like(input_ids)
     return torch.ne(input_ids, padding).long()

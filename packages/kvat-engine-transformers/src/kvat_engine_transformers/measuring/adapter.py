@@ -132,6 +132,11 @@ class TransformersAdapter(EngineAdapter):
             seen = observation.observe(
                 self.model, prompt, self._recipe, self._arguments(PROOF_TOKENS), self._graphs_before
             )
+            if self._batched:
+                # `generate_batch` hands back no predictions, so that one prompt is asked again for them.
+                row = np.array(unpadded(prompt)[:1], dtype=np.int64)
+                predicted, _ = forcing.score(self.model, row, self._arguments(PROOF_TOKENS), None, batched=True)
+                observation.require_numbers(torch.from_numpy(predicted))
         return proof.compare(seen, self._recipe)
 
     def token_ids(self, prompt: torch.Tensor) -> NDArray[np.int64]:
@@ -297,9 +302,10 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, de
         **({} if device_map is None else {"device_map": device_map}),
     )
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        # Transformers makes them up, and says so in a warning.
-        raise EngineError("unsupported", f"the model's files lack {len(missing)} of its weights, as {missing[0]}")
+    if missing := sorted(found["missing_keys"] & dict(model.named_parameters()).keys()):
+        # Transformers makes them up, and says so in a warning; buffers it computes.
+        lacking = f"the model's files lack {len(missing)} of its weights, as {missing[0]}"
+        raise EngineError("error", f"{lacking}; fetch them again, or mend its config.json")
     if device_map is None:
         return cast("PreTrainedModel", model.to(device).eval())
     elsewhere = sum(parameter.device.type != torch.device(device).type for parameter in model.parameters())

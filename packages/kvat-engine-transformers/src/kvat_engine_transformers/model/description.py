@@ -53,9 +53,8 @@ def describe_model(model: ModelRef, device: str, options: Mapping[str, str]) -> 
     weight_bytes = plain_bytes if packed is None else _file_bytes(source.path)
     _require_memory(model.id, weight_bytes, devices)
     return ModelShape(
-        **_dimensions(config),
+        **_dimensions(skeleton.config),
         mlp_size=mlp_size(skeleton),
-        sliding_window=_window(text),
         max_context_tokens=_longest_position(text),
         dtype=dtype,
         quantization=packed,
@@ -108,6 +107,7 @@ def _dimensions(config: PreTrainedConfig) -> dict[str, Any]:
         "attention_heads": _attention_heads(text),
         "hidden_size": getattr(text, "hidden_size", None),
         "vocab_size": getattr(text, "vocab_size", None),
+        "sliding_window": _window(text),
     }
 
 

@@ -99,13 +99,14 @@ class TokenClock:
 _TIMED = """\
         clock = TokenClock()
         start_s = time.perf_counter()
-        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock{masked})
+        generate(model, input_ids, output_tokens, eos_token_id=None, streamer=clock, attention_mask=mask)
         first_s, last_s = clock.times_s[1], clock.times_s[-1]
         ttft_s.append(first_s - start_s)"""
 
 _TIMED_BATCH = """\
         start_s = time.perf_counter()
-        times_s = [one.timestamps for one in answers(model, input_ids, output_tokens, eos_token_id=-1{masked})]
+        found = answers(model, input_ids, output_tokens, eos_token_id=-1, attention_mask=mask)
+        times_s = [one.timestamps for one in found]
         first_s, last_s = min(one[0] for one in times_s), max(one[-1] for one in times_s)
         ttft_s.append(max(one[0] for one in times_s) - start_s)"""
 
@@ -113,6 +114,11 @@ _MASK = """\
     # Lengths are spread evenly; the shorter prompts are padded on the left.
     lengths = shortest_tokens + torch.arange(batch_size) * (prompt_tokens - shortest_tokens) // max(1, batch_size - 1)
     mask = (torch.arange(prompt_tokens) >= prompt_tokens - lengths[:, None]).long().to(model.device)
+"""
+
+_WHOLE = """\
+    # No prompt is padded, whatever id is drawn.
+    mask = torch.ones_like(input_ids)
 """
 
 _SHOWN_SHORTEST = """\
@@ -141,7 +147,6 @@ def render(plan: Plan) -> str:
     scenarios = sorted(plan.profile.scenarios, key=lambda scenario: scenario.total_tokens)
     batched = shown.call == "generate_batch"
     unequal = any(scenario.shortest_prompt_tokens for scenario in scenarios)
-    timed = (_TIMED_BATCH if batched else _TIMED).format(masked=", attention_mask=mask" if unequal else "")
     path = plan.model.id.removeprefix(RANDOM)
     local = path.startswith("./")
     return _TEMPLATE.format(
@@ -160,14 +165,14 @@ def render(plan: Plan) -> str:
         scenarios=_scenarios(scenarios, unequal),
         shape=f"prompt_tokens, output_tokens, batch_size{', shortest_tokens' if unequal else ''}",
         shortest_too=", tokens of the shortest prompt" if unequal else "",
-        mask=_MASK if unequal else "",
+        mask=_MASK if unequal else _WHOLE,
         shown_shortest=_SHOWN_SHORTEST if unequal else "",
         reset=_RESET if shown.compiles else "",
         registration=_registration(shown),
         load_body="\n".join([*_threads_line(shown), *_load_body(plan.model, local, shown)]),
         generate=handover.source(shown, STEP_TOKENS),
         clock="" if batched else _CLOCK.lstrip("\n"),
-        timed=timed,
+        timed=_TIMED_BATCH if batched else _TIMED,
         # The proof call of a launch warms up as well.
         warmup=1 + shown.warmup_calls(plan.profile.warmup),
         samples=plan.profile.samples,

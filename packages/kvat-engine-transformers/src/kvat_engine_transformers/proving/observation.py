@@ -144,7 +144,7 @@ def observe(
         generate(**inputs, **arguments)
     with witness.watching(model), profile(activities=_activities(model.device)) as profiler:
         output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True, output_logits=True)
-    _require_numbers(output.logits)
+    require_numbers(output.logits)
     cache = cache_of(output)
     if cache is None:
         raise EngineError("unsupported", "this architecture hands back no cache that could prove what ran")
@@ -189,11 +189,21 @@ def _observe_batch(
     )
 
 
-def _require_numbers(logits: Iterable[torch.Tensor]) -> None:
-    """Of each step: an impossible token is minus infinity, but not all are, and none is undefined."""
-    for step in logits:
-        if bool(step.isnan().any()) or bool((step.amax(dim=-1) == -torch.inf).any()):
-            raise EngineError("invalid_output", "the model predicts nothing that is a number: are its weights damaged?")
+def require_numbers(predicted: Iterable[torch.Tensor]) -> None:
+    """Refuse a model that chooses by what is no number.
+
+    Args:
+        predicted: of each step, any shape × vocabulary; an impossible token is minus infinity.
+
+    Raises:
+        EngineError: nothing is possible in a step, or something is undefined.
+    """
+    for step in predicted:
+        if not bool(step.amax(dim=-1).isfinite().all()):
+            told = (
+                f"in {step.dtype} the model predicts nothing that is a number; try another dtype, or mend its weights"
+            )
+            raise EngineError("invalid_output", told.replace("torch.", ""))
 
 
 def _of_the_model(model: PreTrainedModel, graphs_before: int) -> dict[str, Any]:

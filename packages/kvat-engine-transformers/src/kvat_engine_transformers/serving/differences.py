@@ -9,9 +9,6 @@ from kvat_core.engine import Probe
 from kvat_core.machine import read_machine
 from kvat_core.schema import Gpu, Machine, ModelShape, Plan
 
-_DIMENSIONS = ("architecture", "layers", "kv_heads", "head_dim", "hidden_size", "vocab_size")
-"""By which another model shows even where nobody digests its weights, as of one that is loaded."""
-
 
 def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:
     """Each thing by which figures of the plan may not hold, in words.
@@ -32,10 +29,10 @@ def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:
         yield "weights with another digest"
     if shape.quantization != plan.model.quantization:
         yield f"quantisation {_shown(shape.quantization)} instead of {_shown(plan.model.quantization)}"
-    for name in _DIMENSIONS:
-        before, found = getattr(plan.model, name), getattr(shape, name)
-        if None not in (before, found) and before != found:
-            yield f"{name} {found} instead of {before}"
+    if plan.model.dimensions is not None:
+        for name, before in plan.model.dimensions:
+            if before != (found := getattr(shape, name)):
+                yield f"{name} {_shown(found)} instead of {_shown(before)}"
 
 
 def _of_machines(now: Machine, before: Machine) -> Iterator[str]:

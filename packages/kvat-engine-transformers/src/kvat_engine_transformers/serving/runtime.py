@@ -296,9 +296,9 @@ def _require_tensor(input_ids: object) -> None:
         raise UsageError(f"a {type(input_ids).__name__} is no tensor; of what a tokenizer returns pass its input_ids")
 
 
-def _require_positive(**counts: int) -> None:
-    if wrong := next((name for name, count in counts.items() if count < 1), None):
-        raise UsageError(f"{wrong} is {counts[wrong]}; give 1 at least")
+def _require_positive(**counts: object) -> None:
+    if wrong := next((name for name, count in counts.items() if not isinstance(count, int) or count < 1), None):
+        raise UsageError(f"{wrong} is {counts[wrong]!r}; give a number from 1 on")
 
 
 def _tell(found: Iterable[str]) -> None:
