@@ -537,7 +537,7 @@ def test_a_plan_file_loads_its_model_as_it_was_measured(tmp_path: Path, make_pla
 
 def test_a_local_model_is_named_by_the_caller(tiny_directory: Path, make_plan: MakePlan) -> None:
     plan = make_plan({"half": {"dtype": "bfloat16"}})
-    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "./tiny"})})
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "./tiny", "dimensions": None})})
     with pytest.raises(UsageError, match=r"keeps the last part only; say where it is with model=PATH"):
         load_plan(plan)
     assert load_plan(plan, model=tiny_directory).model.config.vocab_size == 64
