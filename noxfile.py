@@ -239,7 +239,8 @@ def newest(session: nox.Session) -> None:
     """Run the engine's tests with the newest versions that it accepts, and with the back-ends that CI goes without."""
     session.install(*group("build"))
     session.install("torch==2.13.0", *group("test", "quantised", "placement"), *editable(*map(source, PACKAGES)))
-    session.install("--upgrade", "transformers")
+    accepted = (one for package in ENGINES for one in requirements(package) if one.name == "transformers")
+    session.install("--upgrade", *map(str, accepted))
     # Its import of the compiler makes each process slower to start, so the other environments lack it.
     session.install("--no-build-isolation", "hqq")
     warn_only = ("-W", "default")  # what these versions say of each other is not ours to mend
@@ -249,11 +250,16 @@ def newest(session: nox.Session) -> None:
 
 def lowest_versions(package: str) -> Iterator[str]:
     """The lower ends of a package's requirements as pins, siblings apart."""
-    project = nox.project.load_toml(ROOT / source(package) / "pyproject.toml")["project"]
-    for requirement in map(Requirement, project["dependencies"]):
+    for requirement in requirements(package):
         lower_ends = [bound.version for bound in requirement.specifier if bound.operator in {">=", "~="}]
         if lower_ends and requirement.name not in PACKAGES:
             yield f"{requirement.name}=={lower_ends[0]}"
+
+
+def requirements(package: str) -> list[Requirement]:
+    """What a package declares to need."""
+    project = nox.project.load_toml(ROOT / source(package) / "pyproject.toml")["project"]
+    return [Requirement(one) for one in project["dependencies"]]
 
 
 # What is published
