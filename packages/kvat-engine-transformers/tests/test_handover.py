@@ -125,6 +125,33 @@ def test_a_batch_refuses_what_it_would_leave_out(handed_over: HandedOver, option
 
 
 @pytest.mark.uses("paged")
+@pytest.mark.parametrize(
+    ("habit", "lacking"),
+    [
+        ({"repetition_penalty": 1.3}, "generate_batch has no RepetitionPenaltyLogitsProcessor"),
+        ({"max_time": 1.0}, "generate_batch does not stop by max_time"),
+    ],
+)
+def test_a_batch_refuses_what_it_would_leave_out_of_the_models_habits(
+    handed_over: HandedOver, monkeypatch: pytest.MonkeyPatch, habit: dict[str, Any], lacking: str
+) -> None:
+    code, model = handed_over(cache="paged")
+    own = GenerationConfig(**{**model.generation_config.to_dict(), **habit})
+    monkeypatch.setattr(model, "generation_config", own)
+    with pytest.raises(ValueError, match=lacking):
+        code.generate(model, IDS, 3)
+
+
+@pytest.mark.uses("paged")
+def test_a_batch_refuses_a_prompt_without_a_token(handed_over: HandedOver) -> None:
+    code, model = handed_over(cache="paged")
+    filler = IDS.clone()
+    filler[1] = model.generation_config.pad_token_id
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        code.generate(model, filler, 3)
+
+
+@pytest.mark.uses("paged")
 def test_a_batch_samples_from_what_generate_samples_from(
     handed_over: HandedOver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +168,10 @@ def test_a_batch_samples_from_what_generate_samples_from(
     for options in ({}, {"top_k": 5, "temperature": 0.5}, {"top_k": None, "top_p": 0.5}):
         model.generate(IDS, max_new_tokens=2, do_sample=True, **options)
         code.generate(model, IDS, 2, do_sample=True, **options)
-        by_generate, by_batch = seen
-        assert by_generate == by_batch != []
+        by_generate, *by_batch = seen
+        assert by_generate
+        assert by_batch
+        assert all(one == by_generate for one in by_batch)
         seen.clear()
 
 

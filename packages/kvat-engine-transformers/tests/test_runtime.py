@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.cache_utils import QuantizedLayer
 
-from kvat_core.engine import EngineError
 from kvat_core.errors import NothingFeasible, UsageError
 from kvat_core.schema import ModelDimensions, ModelShape, Plan, PlanEngine, Rule, needed_bytes
 from kvat_engine_transformers import FallbackWarning, PlannedModel, PlanWarning, builtin_path, load_plan, patch_generate
@@ -230,14 +229,6 @@ def test_what_the_probe_says_cannot_run_is_no_choice(llama: PreTrainedModel, mak
     assert planned.choose(prompt_tokens=12).id == "dynamic"
 
 
-def test_with_nobody_left_it_says_so(llama: PreTrainedModel, make_plan: MakePlan) -> None:
-    plan = make_plan({"half": {"dtype": "bfloat16"}})
-    with pytest.warns(FallbackWarning):
-        planned = load_plan(plan, model=llama)
-    with pytest.raises(NothingFeasible, match="tune again"):
-        planned.generate(IDS, 2)
-
-
 @pytest.mark.uses("paged")
 def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     planned = load_plan(make_plan({"paged": {"cache": "paged"}}), model=llama)
@@ -246,9 +237,9 @@ def test_a_batch_by_generate_batch_has_the_rows_of_generate(llama: PreTrainedMod
     options = {"attention_mask": mask, "eos_token_id": None, "max_new_tokens": 5}
     expected = llama.generate(input_ids=IDS, do_sample=False, **options)
     assert torch.equal(planned.generate(IDS, **options), expected)
-    with pytest.raises(EngineError, match="generate_batch takes no num_beams") as caught:
-        planned.generate(IDS, 5, num_beams=2)
-    assert caught.value.kind == "unsupported"
+    by_beams = llama.generate(IDS, max_new_tokens=5, num_beams=2, do_sample=False)
+    with pytest.warns(PlanWarning, match="no candidate can serve the call: generate_batch takes no num_beams"):
+        assert torch.equal(planned.generate(IDS, 5, num_beams=2), by_beams)
 
 
 @pytest.mark.uses("paged")
@@ -551,6 +542,41 @@ def test_what_is_no_model_is_refused(model: Any, make_plan: MakePlan) -> None:
         load_plan(make_plan(), model=model)
 
 
+def test_blocks_may_end_in_any_order(llama: PreTrainedModel, spy: Spy, make_plan: MakePlan) -> None:
+    first, second = (patch_generate(llama, make_plan({"one": {"cache": cache}})) for cache in ("static", "dynamic"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    llama.generate(IDS, max_new_tokens=3)
+    second.__exit__(None, None, None)
+    assert spy.caches == ["DynamicCache"]
+    assert not [name for name in vars(llama) if name == "generate" or name.startswith("_kvat")]
+
+
+@pytest.mark.uses("paged")
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"return_dict_in_generate": True}, {"max_time": 100.0}])
+def test_what_no_candidate_can_serve_passes_unchanged(
+    llama: PreTrainedModel, make_plan: MakePlan, options: dict[str, Any]
+) -> None:
+    plan = make_plan({"pages": {"cache": "paged"}})
+    expected = llama.generate(IDS, max_new_tokens=4, **options)
+    with (
+        patch_generate(llama, plan),
+        pytest.warns(PlanWarning, match="no candidate can serve the call: generate_batch"),
+    ):
+        found = llama.generate(IDS, max_new_tokens=4, **options)
+    tokens = (getattr(one, "sequences", one) for one in (found, expected))
+    assert torch.equal(*tokens)
+
+
+def test_a_plan_for_another_dtype_says_so_in_one_line(llama: PreTrainedModel, make_plan: MakePlan) -> None:
+    plan = make_plan({"half": {"dtype": "bfloat16"}})
+    with pytest.raises(
+        NothingFeasible, match=r"half cannot run here: dtype=bfloat16 \(the model is loaded in float32\); nor"
+    ):
+        load_plan(plan, model=llama)
+
+
 def test_arguments_that_make_no_sense_are_refused_in_a_line(llama: PreTrainedModel, make_plan: MakePlan) -> None:
     with pytest.raises(UsageError, match="a NoneType is no plan and no path of one"):
         load_plan(None, model=llama)  # type: ignore[arg-type]
@@ -696,7 +722,7 @@ def test_calls_that_no_plan_can_serve_pass_unchanged(llama: PreTrainedModel, mak
     with patch_generate(llama, make_plan()):
         with pytest.warns(PlanWarning, match="brings a cache of its own"):
             llama.generate(IDS, past_key_values=cache, max_new_tokens=2)
-        with pytest.warns(PlanWarning, match="has no input_ids"):
+        with pytest.warns(PlanWarning, match="has no tensor of input_ids"):
             assert llama.generate(inputs_embeds=embeddings, max_new_tokens=2).shape == (2, 2)
     assert cache.get_seq_length() == 13
 
@@ -755,7 +781,10 @@ def test_a_paged_plan_generates_as_much_as_a_call_means(
         monkeypatch.setattr(llama.generation_config, "max_length", 15)
         assert llama.generate(IDS, eos_token_id=None).shape == (2, 15)
         monkeypatch.setattr(llama.generation_config, "max_length", 9)
-        with pytest.raises(EngineError, match="generate_batch cannot generate -3 tokens"):
+        with (
+            pytest.warns(PlanWarning, match="generate_batch cannot generate -3 tokens"),
+            pytest.raises(ValueError, match="max_length"),
+        ):
             llama.generate(IDS)
 
 

@@ -16,7 +16,8 @@ MinDecodeTps = Annotated[
 MaxKl = Annotated[
     float | None,
     typer.Option(
-        metavar="NATS", help="How far from its reference a candidate that loses output may predict; default: 0.01."
+        metavar="NATS",
+        help="Most KL divergence of what loses output, if first choices agree in 99 % as well; default: 0.01.",
     ),
 ]
 AllowLossy = Annotated[

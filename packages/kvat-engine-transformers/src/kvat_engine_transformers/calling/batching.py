@@ -13,13 +13,14 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from kvat_core.engine import EngineError
 from kvat_engine_transformers.calling.failures import from_text
+from kvat_engine_transformers.calling.rows import left_out
 from kvat_engine_transformers.settings.recipes import BATCHING
 from kvat_engine_transformers.settings.sectors import spare_blocks
 
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""
-_STOPS = ("max_time", "stop_strings")
-"""What ends a call of `generate` beside its length and the tokens that end a sequence."""
+SERVED = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
+"""Arguments of `generate` about what is generated that mean the same there."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,7 @@ def unserved(model: PreTrainedModel, fields: Mapping[str, Any]) -> str | None:
         model: the live model, whose generation_config counts where the fields say nothing.
         fields: arguments of a recipe, or of a call by one.
     """
-    config = arguments(model, fields)["generation_config"]
-    if (config.num_beams or 1) > 1:
-        return f"generate_batch has no beams, and num_beams is {config.num_beams}"
-    if (stops := next((name for name in _STOPS if getattr(config, name) is not None), None)) is not None:
-        return f"generate_batch does not stop by {stops}, which the generation_config sets"
-    own: Any = model
-    # As generate does: without tensors of what ends a sequence, some processors would not be made.
-    own._prepare_special_tokens(config, True, device=model.device)
-    processors = own._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
-    left_out = next((type(one).__name__ for one in processors if not one.supports_continuous_batching), None)
-    return None if left_out is None else f"generate_batch has no {left_out}, which the generation_config asks for"
+    return left_out(model, arguments(model, fields)["generation_config"])
 
 
 def generate(model: PreTrainedModel, rows: Sequence[Sequence[int]], fields: Mapping[str, Any]) -> list[Request]:

@@ -1,5 +1,7 @@
 """Prompts and answers as rows of one tensor, as `generate` takes and returns them. Snippets carry these functions."""
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig
 
@@ -37,3 +39,19 @@ def joined(
     # There are several for each prompt where `num_return_sequences` asks for them.
     prompts = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0)
     return torch.cat([prompts, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+def left_out(model: Any, config: GenerationConfig) -> str | None:
+    """What `generate_batch` would leave out of what a config asks for, so that it chose or ended otherwise, or None."""
+    if (config.num_beams or 1) > 1:
+        return f"generate_batch has no beams, and num_beams is {config.num_beams}"
+    for name in ("max_time", "stop_strings"):
+        if getattr(config, name) is not None:
+            return f"generate_batch does not stop by {name}, which the generation_config sets"
+    # As generate does: without tensors of what ends a sequence, some processors would not be made.
+    model._prepare_special_tokens(config, True, device=model.device)
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
+    for one in processors:
+        if not one.supports_continuous_batching:
+            return f"generate_batch has no {type(one).__name__}, which the generation_config asks for"
+    return None

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe
+from kvat_engine_transformers.calling.batching import SERVED
 from kvat_engine_transformers.settings import reading
 from kvat_engine_transformers.settings.recipes import BATCHING
 
@@ -44,18 +45,22 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     that it cannot serve are a TypeError. Where `attention_mask` is 0 there is no token: nothing is padded here. Without
     one, padding is found as `generate` finds it.
     """
-    served = ("do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "eos_token_id", "pad_token_id")
+    served = {served}
     if strange := next((name for name in options if name not in served), None):
         raise TypeError(f"generate_batch does not serve {{strange}}; leave it out, or call model.generate")
     if attention_mask is None:
         attention_mask = seen(input_ids, model.generation_config, options)
     prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
+    if not all(prompts):
+        raise ValueError("a prompt has no token; give at least one per prompt")
     pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
     config = copy.deepcopy(model.generation_config)
     # As `generate` does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
     config.update(**config._get_default_generation_params(), defaults_only=True)
     measured = {generation}
     config.update(**{{**measured, "max_new_tokens": max_new_tokens, **options}})
+    if lacking := left_out(model, copy.deepcopy(config)):
+        raise ValueError(f"{{lacking}}; set that to None, or call model.generate")
     # Left to itself, the pool takes nearly all the memory that is free.
     batching = ContinuousBatchingConfig(
         page_size={page_tokens},
@@ -77,6 +82,9 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
 
 
 {joined}
+
+
+{left_out}
 
 
 def generate(model, input_ids, max_new_tokens, **options):
@@ -123,7 +131,7 @@ def imported(shown: Recipe, step_tokens: int) -> Any:
     """The same as a module that was written to a file and imported from there, as users import their snippet."""
     lines, names = imports(shown)
     of_transformers = [f"from transformers import {', '.join(names)}"] if names else []
-    always = [f"import {name}" for name in ("copy", "math", "torch")]
+    always = ["from typing import Any", *(f"import {name}" for name in ("copy", "math", "torch"))]
     text = "\n".join([*always, *lines, *of_transformers, source(shown, step_tokens)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "handed_over.py"
@@ -137,7 +145,7 @@ def imported(shown: Recipe, step_tokens: int) -> Any:
 
 
 def imports(shown: Recipe) -> tuple[list[str], list[str]]:
-    """What `source` needs beside torch, copy and math: whole lines, and names of transformers."""
+    """What `source` needs beside torch and, for batches, copy, math and Any: whole lines, and names of transformers."""
     if shown.call == "generate_batch":
         return [], ["ContinuousBatchingConfig", "GenerationConfig"]
     lines = []
@@ -164,6 +172,8 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         others="\n".join(f"        {name}={value!r}," for name, value in others.items()),
         seen=_function("calling/rows.py", "seen"),
         joined=_function("calling/rows.py", "joined"),
+        left_out=_function("calling/rows.py", "left_out"),
+        served=literal(("num_return_sequences", *SERVED)),
         spare_blocks=_function("settings/sectors.py", "spare_blocks"),
     )
 

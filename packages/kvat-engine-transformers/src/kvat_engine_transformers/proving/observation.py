@@ -200,9 +200,7 @@ def require_numbers(predicted: Iterable[torch.Tensor]) -> None:
     """
     for step in predicted:
         if not bool(step.amax(dim=-1).isfinite().all()):
-            told = (
-                f"in {step.dtype} the model predicts nothing that is a number; try another dtype, or mend its weights"
-            )
+            told = f"in {step.dtype} the model predicts what is no number; try another dtype, or mend its weights"
             raise EngineError("invalid_output", told.replace("torch.", ""))
 
 

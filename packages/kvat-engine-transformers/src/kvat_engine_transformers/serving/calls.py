@@ -19,7 +19,7 @@ from kvat_engine_transformers.calling.failures import translated
 from kvat_engine_transformers.calling.rows import joined, seen
 from kvat_engine_transformers.settings import reading
 
-_OF_A_BATCH = ("attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id")
+_OF_A_BATCH = ("attention_mask", "max_new_tokens", *batching.SERVED)
 """Options of `generate` that a call by `generate_batch` takes, too."""
 
 _USUAL_MODES = (
@@ -184,5 +184,7 @@ def _generate_batch(
         raise NotBegun(reason)
     real = seen(input_ids, model.generation_config, dict(options)) if mask is None else mask
     rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, real, strict=True)]
+    if not all(rows):
+        raise NotBegun("generate_batch takes no prompt without a token")
     answers = [request.output_ids for request in batching.generate(model, rows, arguments)]
     return joined(input_ids, answers, model.generation_config, dict(options))

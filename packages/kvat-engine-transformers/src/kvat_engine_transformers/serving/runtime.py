@@ -48,6 +48,8 @@ _FALLS_BACK: tuple[FailureKind, ...] = ("oom_device", "oom_host", "unsupported")
 """After these another candidate may do; whatever else happens is the caller's to know."""
 _GREEDILY = {"do_sample": False, "num_beams": 1}
 _PATCHED = "_kvat_original"
+_METHODS = "_kvat_methods"
+"""Attribute of a model: what its `generate` was, and those that blocks have put in its place, the latest last."""
 
 
 def load_plan(
@@ -96,7 +98,7 @@ def patch_generate(
 
     The plan decides how tokens come about, not which: sampling, beams and lengths stay those of the caller and of the
     model's generation_config. Calls with a cache of their own, and assisted or custom decoding, pass unchanged, with a
-    `PlanWarning`. Blocks may be nested; the innermost plan counts.
+    `PlanWarning`. Of several blocks the one that began last counts.
 
     Raises:
         UsageError, NothingFeasible: as `load_plan`.
@@ -104,16 +106,27 @@ def patch_generate(
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"a {type(model).__name__} is no model that is loaded; load it, or use load_plan")
     planned = load_plan(plan, model=model, requests=requests)
-    own = vars(model)
-    before = own.get("generate")
-    own["generate"] = planned._in_place_of_generate()
-    try:
+    with _patched(model, planned._in_place_of_generate()):
         yield planned
+
+
+@contextmanager
+def _patched(model: PreTrainedModel, generate: Callable[..., Any]) -> Iterator[None]:
+    """The method of the model inside the block, in whichever order blocks begin and end."""
+    own = vars(model)
+    methods: list[Any] = own.setdefault(_METHODS, [own.get("generate")])
+    methods.append(generate)
+    own["generate"] = generate
+    try:
+        yield
     finally:
-        if before is None:
+        methods.remove(generate)
+        if len(methods) == 1:
+            del own[_METHODS]
+        if methods[-1] is None:
             del own["generate"]
         else:
-            own["generate"] = before
+            own["generate"] = methods[-1]
 
 
 class PlannedModel:
@@ -132,8 +145,12 @@ class PlannedModel:
         named = ModelRef(id=plan.model.id, revision=plan.model.revision)
         self._target = _target(plan, named, live.name_of(model.device))
         if (reason := self._usable.against_winner()) is not None:
-            label = plan.require_winner().label
-            tell(FallbackWarning, f"{label} cannot run here: {reason}; other candidates of the plan are used")
+            told = f"{plan.require_winner().label} cannot run here: {reason}"
+            try:
+                self._usable.resolve(Situation(requests=requests))
+            except NothingFeasible:
+                raise NothingFeasible(f"{told}; nor can any other candidate of the plan") from None
+            tell(FallbackWarning, f"{told}; other candidates of the plan are used")
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **options: Any) -> Any:
         """What `model.generate` returns, greedily and as it was measured.
@@ -174,7 +191,7 @@ class PlannedModel:
             given = {**dict(zip(names, arguments, strict=False)), **options}
             input_ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
             if not isinstance(input_ids, torch.Tensor):
-                tell(PlanWarning, "the call has no input_ids; the plan is not used for it")
+                tell(PlanWarning, "the call has no tensor of input_ids; the plan is not used for it")
                 return self._original(*arguments, **options)
             rest = {name: value for name, value in given.items() if name not in ("inputs", "input_ids")}
             count = new_tokens(self.model, input_ids.shape[-1], rest)
@@ -192,9 +209,7 @@ class PlannedModel:
         if input_ids.numel() == 0:
             raise UsageError(f"input_ids of shape {tuple(input_ids.shape)} hold no token; give at least one per prompt")
         if (unplanned := self._unplanned(options)) is not None:
-            tell(PlanWarning, f"the call {unplanned}; the plan is not used for it")
-            greedily = {name: value for name, value in _GREEDILY.items() if name not in leave}
-            return self._original(input_ids=input_ids, **merged(self.model, greedily, options))
+            return self._by_itself(f"the call {unplanned}", input_ids, options, leave)
         batch_size, prompt_tokens = input_ids.shape
         # A scenario has a decode step at least; how many tokens come about is the options' to say.
         scenario = Scenario(prompt_tokens=prompt_tokens, output_tokens=max(2, new_tokens), batch_size=batch_size)
@@ -212,9 +227,24 @@ class PlannedModel:
                 failure = error
             left = left.after(candidate, failure.kind)
             situation = situation.model_copy(update={"error_kind": failure.kind})
-            failed, candidate = candidate, _next(left, situation, failure)
+            try:
+                failed, candidate = candidate, left.resolve(situation)
+            except NothingFeasible:
+                if isinstance(failure, NotBegun):
+                    return self._by_itself(
+                        f"no candidate can serve the call: {failure.reason}", input_ids, options, leave
+                    )
+                raise _original_of(failure) from None
             self._release(failure)
             tell(FallbackWarning, f"{failed.label} failed: {failure.reason}; going on with {candidate.label}")
+
+    def _by_itself(
+        self, reason: str, input_ids: torch.Tensor, options: Mapping[str, Any], leave: tuple[str, ...]
+    ) -> Any:
+        """The call as Transformers makes it without a plan."""
+        tell(PlanWarning, f"{reason}; the plan is not used for it")
+        greedily = {name: value for name, value in _GREEDILY.items() if name not in leave}
+        return self._original(input_ids=input_ids, **merged(self.model, greedily, options))
 
     def _unplanned(self, options: Mapping[str, Any]) -> str | None:
         """What a call does that no plan was made for, or None."""
@@ -312,14 +342,6 @@ def _tell_shortage(left: Usable, situation: Situation, chosen: CandidateResult) 
     preferred = left.resolve(situation.model_copy(update=unknown))
     if preferred.id != chosen.id:
         tell(FallbackWarning, f"too little memory is free for {preferred.label}; {chosen.label} is used")
-
-
-def _next(left: Usable, situation: Situation, failure: EngineError) -> CandidateResult:
-    """The candidate after a failure; where none is left, the failure."""
-    try:
-        return left.resolve(situation)
-    except NothingFeasible:
-        raise _original_of(failure) from None
 
 
 def _original_of(error: EngineError) -> BaseException:
