@@ -19,8 +19,6 @@ from kvat_engine_transformers.settings.sectors import spare_blocks
 
 NO_END_OF_SEQUENCE = -1
 """The `eos_token_id` by which nothing ends a sequence early."""
-SERVED = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
-"""Arguments of `generate` about what is generated that mean the same there."""
 
 
 @dataclass(frozen=True)

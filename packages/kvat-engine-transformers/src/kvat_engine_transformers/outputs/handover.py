@@ -14,9 +14,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from kvat_core.schema import ContextCall, Recipe
-from kvat_engine_transformers.calling.batching import SERVED
 from kvat_engine_transformers.settings import reading
-from kvat_engine_transformers.settings.recipes import BATCHING
+from kvat_engine_transformers.settings.recipes import BATCHING, SERVED_IN_BATCHES
 
 _GENERATE = '''\
 {seen}
@@ -173,7 +172,7 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         seen=_function("calling/rows.py", "seen"),
         joined=_function("calling/rows.py", "joined"),
         left_out=_function("calling/rows.py", "left_out"),
-        served=literal(("num_return_sequences", *SERVED)),
+        served=literal(("num_return_sequences", *SERVED_IN_BATCHES)),
         spare_blocks=_function("settings/sectors.py", "spare_blocks"),
     )
 

@@ -18,8 +18,9 @@ from kvat_engine_transformers.calling import actions, batching, leftovers, regis
 from kvat_engine_transformers.calling.failures import translated
 from kvat_engine_transformers.calling.rows import joined, seen
 from kvat_engine_transformers.settings import reading
+from kvat_engine_transformers.settings.recipes import SERVED_IN_BATCHES
 
-_OF_A_BATCH = ("attention_mask", "max_new_tokens", *batching.SERVED)
+_OF_A_BATCH = ("attention_mask", "max_new_tokens", *SERVED_IN_BATCHES)
 """Options of `generate` that a call by `generate_batch` takes, too."""
 
 _USUAL_MODES = (

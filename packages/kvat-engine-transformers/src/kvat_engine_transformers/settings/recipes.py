@@ -14,6 +14,8 @@ WARMUP_EAGER = 2
 WARMUP_COMPILED = 5
 BATCHING = "continuous_batching_config"
 """Argument of `generate_batch` that says what its pool is like."""
+SERVED_IN_BATCHES = ("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id")
+"""Arguments of `generate` about what is generated that mean the same to `generate_batch`."""
 PAGE_TOKENS = 256
 """Positions per page of a paged cache: what Transformers takes if nobody says otherwise."""
 STEP_TOKENS = 4096
