@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,9 +89,7 @@ def main() -> int:
         print(f"winner of {name}: {winner.label}, {winner.fidelity.verdict}")
     least = [quantised[name] for name in QUANTISED if name.endswith("int2")]
     more = [quantised[name.replace("int2", "int4")] for name in QUANTISED if name.endswith("int2")]
-    recommended = [
-        one for name, plan in plans.items() for one in (winners[name].id, *plan.equivalents) if lost(plan, one)
-    ]
+    recommended = [one for name, plan in plans.items() for one in named(plan) if lost(plan, one)]
     bounds = [
         Bound("families that were not timed", sum(one["timed"] == 0 for one in families.values()), "<=", 0),
         Bound("int2 caches that are not found lossy", sum(one["verdict"] != "lossy" for one in least), "<=", 0),
@@ -119,8 +118,9 @@ def tuned(name: str, parent: Path, budget: str) -> Plan:
         words = (word for option, values in TUNES[name].items() for one in values for word in (f"--{option}", one))
         tune(out, *COMMON, "--context", "512", "--budget", budget, *words)
     plan = read_plan(out / PLAN)
-    if plan.machine.fingerprint != read_machine("cpu", 1).fingerprint:
-        print(f"{out} holds a plan of another machine; name another --reuse", file=sys.stderr)
+    versions = {name: version(name) for name in plan.engine.versions}
+    if plan.machine.fingerprint != read_machine("cpu", 1).fingerprint or plan.engine.versions != versions:
+        print(f"{out} holds a plan of another machine or other versions; name another --reuse", file=sys.stderr)
         raise SystemExit(NOT_MEASURED)
     return plan
 
@@ -164,6 +164,11 @@ def in_words(one: Mapping[str, Any]) -> str:
 def loses_no_more(few: Mapping[str, Any], many: Mapping[str, Any]) -> bool:
     """Whether of two caches the one of fewer bits is not shown to lose more."""
     return None in (few["kl_nats"], many["kl_nats"]) or few["kl_nats"] <= many["kl_nats"]
+
+
+def named(plan: Plan) -> tuple[str, ...]:
+    """Candidates that a plan gives to anybody: its winner, who cannot be told from it, and who stands in for it."""
+    return (plan.require_winner().id, *plan.equivalents, *(rule.use for rule in plan.rules))
 
 
 def lost(plan: Plan, candidate_id: str) -> bool:

@@ -256,6 +256,39 @@ def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
     assert torch.isin(tokens[:, 12], likeliest).all()
 
 
+@pytest.mark.uses("paged")
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "temperature": 0.5}, {"top_k": None, "top_p": 0.5}], ids=str)
+def test_a_batch_samples_from_what_generate_samples_from(
+    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    own: Any = llama
+    build, seen = own._get_logits_processor, []
+
+    def build_and_note(*arguments: Any, **others: Any) -> Any:
+        made = build(*arguments, **others)
+        seen.append([(type(one).__name__, dict(vars(one))) for one in made])
+        return made
+
+    monkeypatch.setitem(vars(llama), "_get_logits_processor", build_and_note)
+    llama.generate(IDS, max_new_tokens=2, do_sample=True, **options)
+    planned = load_plan(make_plan({"paged": {"cache": "paged"}}), model=llama)
+    planned.generate(IDS, 2, do_sample=True, **options)
+    by_generate, *by_batch = seen
+    assert by_generate
+    assert by_batch
+    assert all(one == by_generate for one in by_batch)
+
+
+@pytest.mark.uses("paged")
+def test_what_ran_out_of_memory_is_told_and_not_who_could_not_begin(
+    llama: PreTrainedModel, spy: Spy, make_plan: MakePlan
+) -> None:
+    plan = make_plan({"fixed": {"cache": "static"}, "pages": {"cache": "paged"}})
+    spy.fails = lambda cache, attention: full() if cache == "StaticCache" else None
+    with patch_generate(llama, plan), pytest.warns(FallbackWarning), pytest.raises(RuntimeError, match="allocate"):
+        llama.generate(IDS, max_new_tokens=3, num_beams=2)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
 def test_padding_without_a_mask_is_padding(llama: PreTrainedModel, make_plan: MakePlan, cache: str) -> None:
     padded = IDS.clone()

@@ -44,7 +44,7 @@ def test_a_verdict_is_told_with_its_figures(of_winner: Callable[..., Plan], verd
 def test_closeness_is_told_with_the_limits_in_force(of_winner: Callable[..., Plan]) -> None:
     limits = FidelityLimits(kl_nats=0.03, top1_agreement=0.9699)
     plan = of_winner(verdict="close", **FIGURES).model_copy(update={"fidelity_limits": limits})
-    assert output(plan) == f"close {IN_WORDS}; the limits were KL 0.03 nats and 96.9 %"
+    assert output(plan) == f"close {IN_WORDS}; allowed were KL 0.03 nats, and first choices that agree in 97 %"
     exact = of_winner(verdict="exact", **FIGURES).model_copy(update={"fidelity_limits": limits})
     assert output(exact) == f"exact {IN_WORDS}"
 

@@ -29,7 +29,7 @@ def _close_to_what(winner: FidelityResult, plan: Plan) -> str | None:
     if winner.verdict != "close" or plan.fidelity_limits is None:
         return None
     most = plan.fidelity_limits
-    return f"the limits were KL {numbers.nats(most.kl_nats)} nats and {numbers.agreement(most.top1_agreement)}"
+    return f"allowed were KL {most.kl_nats:.3g} nats, and first choices that agree in {100 * most.top1_agreement:.3g} %"
 
 
 def _fidelity(seen: FidelityResult) -> str | None:

@@ -135,7 +135,7 @@ class _Launch:
             step(cell)
         except WorkerFailed as failed:
             self._fail(cell, failed.failure)
-            if not failed.alive or not _leaves_the_worker_sound(failed.failure):
+            if not failed.alive or failed.failure.kind not in ("unsupported", "not_applied"):
                 raise _LaunchOver from failed
             return False
         return True
@@ -333,12 +333,6 @@ class _Launch:
 def held(device: str) -> Paused:
     """What is to be told when a worker cannot be killed."""
     return Paused(f"{HELD.format(device)}, then go on with --resume")
-
-
-def _leaves_the_worker_sound(failure: Failure) -> bool:
-    """Whether it is the candidate that cannot be, or the model that predicts no numbers, and not the process."""
-    by_the_model = failure.kind == "invalid_output" and failure.phase == "prove"
-    return by_the_model or failure.kind in ("unsupported", "not_applied")
 
 
 class _LaunchOver(Exception):

@@ -98,9 +98,9 @@ def arguments(model: PreTrainedModel, fields: Mapping[str, Any]) -> dict[str, An
     batch: Mapping[str, Any] = fields[BATCHING]
     blocks = batch["num_blocks"] + spare_blocks(model.config.get_text_config())
     config = copy.deepcopy(model.generation_config)
-    config.update(**{name: value for name, value in fields.items() if name != BATCHING})
     # As generate does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
     config.update(**config._get_default_generation_params(), defaults_only=True)
+    config.update(**{name: value for name, value in fields.items() if name != BATCHING})
     return {"generation_config": config, BATCHING: ContinuousBatchingConfig(**{**batch, "num_blocks": blocks})}
 
 

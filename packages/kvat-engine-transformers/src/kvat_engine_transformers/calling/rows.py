@@ -1,23 +1,31 @@
 """Prompts and answers as rows of one tensor, as `generate` takes and returns them. Snippets carry these functions."""
 
+import copy
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 
-def seen(input_ids: torch.Tensor, defaults: GenerationConfig, options: dict[str, object]) -> torch.Tensor:
-    """Where there are tokens: as `generate` finds it, not where there is padding, unless that ends a sequence, too."""
+def padding_and_ends(defaults: GenerationConfig, options: dict[str, object]) -> tuple[Any, list[Any]]:
+    """The token that pads, or None, and those that end a sequence, as `generate` finds them."""
     asked = options.get("generation_config")
     configs = ({} if asked is None else vars(asked), vars(defaults))
-    found = []
+    found: list[Any] = []
     for name in ("pad_token_id", "eos_token_id"):
         # An argument counts even where it is None; in a config, None leaves it to the next one.
         value = next((one[name] for one in configs if one.get(name) is not None), None)
         value = options.get(name, value)
         found.append(value.tolist() if isinstance(value, torch.Tensor) else value)
     padding, ends = found
-    if not isinstance(padding, int) or padding in (ends if isinstance(ends, (list, tuple)) else [ends]):
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+    return (ends[0] if padding is None and ends else padding), ends
+
+
+def seen(input_ids: torch.Tensor, defaults: GenerationConfig, options: dict[str, object]) -> torch.Tensor:
+    """Where there are tokens: as `generate` finds it, not where there is padding, unless that ends a sequence, too."""
+    padding, ends = padding_and_ends(defaults, options)
+    if padding is None or padding in ends:
         return torch.ones_like(input_ids)
     return torch.ne(input_ids, padding).long()
 
@@ -25,24 +33,21 @@ def seen(input_ids: torch.Tensor, defaults: GenerationConfig, options: dict[str,
 def joined(
     input_ids: torch.Tensor, answers: list[list[int]], defaults: GenerationConfig, options: dict[str, object]
 ) -> torch.Tensor:
-    """Each prompt as it was given, what follows it, and padding up to the longest answer.
-
-    As `generate` does, it pads by the token for that, else by one that ends a sequence; what is in `options` comes
-    before the `defaults`.
-    """
-    own = (defaults.pad_token_id, options.get("eos_token_id"), defaults.eos_token_id)
-    padding = next((one for one in (options.get("pad_token_id"), *own) if one is not None), 0)
-    if isinstance(padding, (list, tuple)):
-        padding = padding[0]
+    """Each prompt as it was given, what follows it, and padding up to the longest answer, as `generate` pads."""
+    padding, _ = padding_and_ends(defaults, options)
     longest = max(len(ids) for ids in answers)
-    padded = [[*ids, *[padding] * (longest - len(ids))] for ids in answers]
+    padded = [[*ids, *[0 if padding is None else padding] * (longest - len(ids))] for ids in answers]
     # There are several for each prompt where `num_return_sequences` asks for them.
     prompts = input_ids.repeat_interleave(len(answers) // len(input_ids), dim=0)
     return torch.cat([prompts, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def left_out(model: Any, config: GenerationConfig) -> str | None:
+def left_out(model: Any, asked: GenerationConfig) -> str | None:
     """What `generate_batch` would leave out of what a config asks for, so that it chose or ended otherwise, or None."""
+    config = copy.deepcopy(asked)
+    if config.eos_token_id == -1:
+        # So nothing is to end a sequence early; generate says that by None.
+        config.eos_token_id = None
     if (config.num_beams or 1) > 1:
         return f"generate_batch has no beams, and num_beams is {config.num_beams}"
     for name in ("max_time", "stop_strings"):

@@ -25,6 +25,7 @@ from kvat_engine_transformers.calling.kept import cache_of
 from kvat_engine_transformers.calling.prompts import model_inputs, prompt_ids, text_ids, unpadded
 from kvat_engine_transformers.measuring import forcing, memory
 from kvat_engine_transformers.model.models import Source, load_tokenizer, resolve
+from kvat_engine_transformers.model.quantisation import packed_by
 from kvat_engine_transformers.model.random_model import build_random_model
 from kvat_engine_transformers.outputs import handover
 from kvat_engine_transformers.proving import live, observation, proof
@@ -136,7 +137,7 @@ class TransformersAdapter(EngineAdapter):
                 # `generate_batch` hands back no predictions, so that one prompt is asked again for them.
                 row = np.array(unpadded(prompt)[:1], dtype=np.int64)
                 predicted, _ = forcing.score(self.model, row, self._arguments(PROOF_TOKENS), None, batched=True)
-                observation.require_numbers(torch.from_numpy(predicted))
+                observation.require_numbers(torch.from_numpy(predicted), self.model.dtype)
         return proof.compare(seen, self._recipe)
 
     def token_ids(self, prompt: torch.Tensor) -> NDArray[np.int64]:
@@ -302,8 +303,10 @@ def _load(source: Source, *, dtype: torch.dtype, device: str, attention: str, de
         **({} if device_map is None else {"device_map": device_map}),
     )
     model, found = loaded
-    if missing := sorted(found["missing_keys"] & dict(model.named_parameters()).keys()):
-        # Transformers makes them up, and says so in a warning; buffers it computes.
+    # Buffers of plain models are computed as well as stored; those of packed ones are their weights.
+    weights = model.state_dict() if packed_by(model) is not None else dict(model.named_parameters())
+    if missing := sorted(found["missing_keys"] & weights.keys()):
+        # Transformers makes them up, and says so in a warning.
         lacking = f"the model's files lack {len(missing)} of its weights, as {missing[0]}"
         raise EngineError("error", f"{lacking}; fetch them again, or mend its config.json")
     if device_map is None:

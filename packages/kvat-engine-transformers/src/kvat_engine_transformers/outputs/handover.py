@@ -18,6 +18,9 @@ from kvat_engine_transformers.settings import reading
 from kvat_engine_transformers.settings.recipes import BATCHING, SERVED_IN_BATCHES
 
 _GENERATE = '''\
+{padding_and_ends}
+
+
 {seen}
 
 
@@ -31,10 +34,26 @@ def generate(model, input_ids, max_new_tokens, **options):
 '''
 
 _GENERATE_BATCH = '''\
+{padding_and_ends}
+
+
 {seen}
 
 
 {spare_blocks}
+
+
+def configured(model, max_new_tokens, options):
+    """What a call comes to: the model's own habits, what was measured, and what the caller asks for."""
+    served = {served}
+    if strange := next((name for name in options if name not in served), None):
+        raise TypeError(f"generate_batch does not serve {{strange}}; leave it out, or call model.generate")
+    config = copy.deepcopy(model.generation_config)
+    # As `generate` does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
+    config.update(**config._get_default_generation_params(), defaults_only=True)
+    measured = {generation}
+    config.update(**{{**measured, "max_new_tokens": max_new_tokens, **options}})
+    return config
 
 
 def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
@@ -44,22 +63,13 @@ def answers(model, input_ids, max_new_tokens, attention_mask=None, **options):
     that it cannot serve are a TypeError. Where `attention_mask` is 0 there is no token: nothing is padded here. Without
     one, padding is found as `generate` finds it.
     """
-    served = {served}
-    if strange := next((name for name in options if name not in served), None):
-        raise TypeError(f"generate_batch does not serve {{strange}}; leave it out, or call model.generate")
+    config = configured(model, max_new_tokens, options)
     if attention_mask is None:
         attention_mask = seen(input_ids, model.generation_config, options)
     prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask)]
     if not all(prompts):
         raise ValueError("a prompt has no token; give at least one per prompt")
     pages = -(-(input_ids.shape[1] + max_new_tokens) // {page_tokens})
-    config = copy.deepcopy(model.generation_config)
-    # As `generate` does, which takes the 50 likeliest tokens, for example, where nobody says otherwise.
-    config.update(**config._get_default_generation_params(), defaults_only=True)
-    measured = {generation}
-    config.update(**{{**measured, "max_new_tokens": max_new_tokens, **options}})
-    if lacking := left_out(model, copy.deepcopy(config)):
-        raise ValueError(f"{{lacking}}; set that to None, or call model.generate")
     # Left to itself, the pool takes nearly all the memory that is free.
     batching = ContinuousBatchingConfig(
         page_size={page_tokens},
@@ -91,6 +101,9 @@ def generate(model, input_ids, max_new_tokens, **options):
 
     What it returns is what `model.generate` returns. `options` as in `answers`.
     """
+    asked = {{name: value for name, value in options.items() if name != "attention_mask"}}
+    if lacking := left_out(model, configured(model, max_new_tokens, asked)):
+        raise ValueError(f"{{lacking}}; set that to None, or call model.generate")
     found = answers(model, input_ids, max_new_tokens, **options)
     return joined(input_ids, [answer.generated_tokens for answer in found], model.generation_config, options)
 '''
@@ -122,8 +135,8 @@ def source(shown: Recipe, step_tokens: int) -> str:
     """
     if shown.call == "generate_batch":
         return _generate_batch(shown, step_tokens)
-    seen = _function("calling/rows.py", "seen")
-    return _GENERATE.format(seen=seen, body="\n".join(_body(shown)), notes="".join(_notes(shown)))
+    carried = {name: _function("calling/rows.py", name) for name in ("padding_and_ends", "seen")}
+    return _GENERATE.format(**carried, body="\n".join(_body(shown)), notes="".join(_notes(shown)))
 
 
 def imported(shown: Recipe, step_tokens: int) -> Any:
@@ -144,7 +157,7 @@ def imported(shown: Recipe, step_tokens: int) -> Any:
 
 
 def imports(shown: Recipe) -> tuple[list[str], list[str]]:
-    """What `source` needs beside torch and, for batches, copy, math and Any: whole lines, and names of transformers."""
+    """What `source` needs beside torch, Any, and for batches copy and math: whole lines, and names of transformers."""
     if shown.call == "generate_batch":
         return [], ["ContinuousBatchingConfig", "GenerationConfig"]
     lines = []
@@ -172,6 +185,7 @@ def _generate_batch(shown: Recipe, step_tokens: int) -> str:
         seen=_function("calling/rows.py", "seen"),
         joined=_function("calling/rows.py", "joined"),
         left_out=_function("calling/rows.py", "left_out"),
+        padding_and_ends=_function("calling/rows.py", "padding_and_ends"),
         served=literal(("num_return_sequences", *SERVED_IN_BATCHES)),
         spare_blocks=_function("settings/sectors.py", "spare_blocks"),
     )

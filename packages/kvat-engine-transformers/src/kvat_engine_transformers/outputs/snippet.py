@@ -29,7 +29,8 @@ decode rate by the plan's definitions. Take `load` and `generate` over into your
 {copy_import}import os
 {sys_import}import time
 from statistics import median
-{typing_import}
+from typing import Any
+
 # Read when the libraries are imported, so it comes before them. This process fetches nothing.
 os.environ.update({environment})
 
@@ -154,7 +155,6 @@ def render(plan: Plan) -> str:
         usage=" [MODEL_DIRECTORY]" if local else "",
         notes=_RANDOM_NOTE if plan.model.weights == "random" else "",
         copy_import="import copy\nimport math\n" if batched else "",
-        typing_import="from typing import Any\n" if batched else "",
         sys_import="import sys\n" if local else "",
         load_example="MODEL_DIRECTORY" if local else "",
         load_parameter="model=MODEL" if local else "",

@@ -144,7 +144,7 @@ def observe(
         generate(**inputs, **arguments)
     with witness.watching(model), profile(activities=_activities(model.device)) as profiler:
         output = generate(**inputs, **arguments, streamer=witness, return_dict_in_generate=True, output_logits=True)
-    require_numbers(output.logits)
+    require_numbers(output.logits, model.dtype)
     cache = cache_of(output)
     if cache is None:
         raise EngineError("unsupported", "this architecture hands back no cache that could prove what ran")
@@ -189,19 +189,20 @@ def _observe_batch(
     )
 
 
-def require_numbers(predicted: Iterable[torch.Tensor]) -> None:
+def require_numbers(predicted: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
     """Refuse a model that chooses by what is no number.
 
     Args:
         predicted: of each step, any shape × vocabulary; an impossible token is minus infinity.
+        dtype: of the model.
 
     Raises:
         EngineError: nothing is possible in a step, or something is undefined.
     """
-    for step in predicted:
-        if not bool(step.amax(dim=-1).isfinite().all()):
-            told = f"in {step.dtype} the model predicts what is no number; try another dtype, or mend its weights"
-            raise EngineError("invalid_output", told.replace("torch.", ""))
+    if not all(bool(step.amax(dim=-1).isfinite().all()) for step in predicted):
+        name = str(dtype).removeprefix("torch.")
+        reason = f"in {name} the model predicts what is no number; try another dtype, or mend its weights"
+        raise EngineError("unsupported", reason)
 
 
 def _of_the_model(model: PreTrainedModel, graphs_before: int) -> dict[str, Any]:

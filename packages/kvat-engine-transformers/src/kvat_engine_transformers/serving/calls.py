@@ -170,13 +170,14 @@ def _generate_batch(
     model: PreTrainedModel, input_ids: torch.Tensor, measured: Mapping[str, Any], options: Mapping[str, Any]
 ) -> torch.Tensor:
     """Rows as `generate` returns them: the prompt as it was given, what follows it, padding up to the longest one."""
-    asked = {name: value for name, value in options.items() if value is not None}
+    # What is said of choosing counts even where it is None, as with generate.
+    asked = {name: value for name, value in options.items() if value is not None or name in SERVED_IN_BATCHES}
     if strange := next((name for name in asked if name not in _OF_A_BATCH), None):
         raise NotBegun(f"generate_batch takes no {strange}")
     if model.generation_config.return_dict_in_generate:
         raise NotBegun("generate_batch hands back tokens alone, and the generation_config has return_dict_in_generate")
     mask = asked.pop("attention_mask", None)
-    if "eos_token_id" in options and options["eos_token_id"] is None:
+    if "eos_token_id" in asked and asked["eos_token_id"] is None:
         asked["eos_token_id"] = batching.NO_END_OF_SEQUENCE
     arguments = {**measured, **asked}
     if arguments["max_new_tokens"] < 1:

@@ -16,7 +16,7 @@ def differences(plan: Plan, probe: Probe, shape: ModelShape) -> Iterator[str]:
     Args:
         plan: as it was made.
         probe: of this machine.
-        shape: of the model; what it does not tell is not compared.
+        shape: of the model; weights are compared where both have a digest.
     """
     # The number of threads is the plan's choice, and not a fact of the machine.
     now = read_machine(probe.device, plan.machine.threads, probe.device_memory_bytes)

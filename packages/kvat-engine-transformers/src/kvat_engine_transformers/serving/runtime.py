@@ -216,6 +216,7 @@ class PlannedModel:
         left, situation = self._usable, self._situation(prompt_tokens, batch_size)
         candidate = left.resolve(situation)
         _tell_shortage(left, situation, candidate)
+        failures: list[EngineError] = []
         while True:
             made = recipe(candidate.settings, scenario, self._target)
             try:
@@ -225,16 +226,16 @@ class PlannedModel:
                 if streamed or error.kind not in _FALLS_BACK:
                     raise _original_of(error) from None
                 failure = error
+            failures.append(failure)
             left = left.after(candidate, failure.kind)
             situation = situation.model_copy(update={"error_kind": failure.kind})
             try:
                 failed, candidate = candidate, left.resolve(situation)
             except NothingFeasible:
-                if isinstance(failure, NotBegun):
-                    return self._by_itself(
-                        f"no candidate can serve the call: {failure.reason}", input_ids, options, leave
-                    )
-                raise _original_of(failure) from None
+                if serious := [one for one in failures if not isinstance(one, NotBegun)]:
+                    raise _original_of(serious[0]) from None
+                reason = f"no candidate can serve the call: {failure.reason}"
+                return self._by_itself(reason, input_ids, options, leave)
             self._release(failure)
             tell(FallbackWarning, f"{failed.label} failed: {failure.reason}; going on with {candidate.label}")
 
