@@ -196,8 +196,10 @@ def define_tests(python: str, suite: str) -> str:
         elif suite in ENGINES:
             # What they wait for are child processes with one thread each. Tests of a file share what is loaded once.
             pytest(session, python, suite, options=("-n", "2", "--dist", "loadfile"))
-        else:
+        elif suite == CROSS_PACKAGE:
             pytest(session, python, suite)
+        else:
+            pytest(session, python, suite, options=("-n", "2"))
 
     return name
 
