@@ -163,6 +163,24 @@ def write_config(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
 
 
 @pytest.fixture
+def processors_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[list[tuple[str, dict[str, Any]]]]]:
+    """Notes what chooses among the tokens of a model: of each list that it builds, classes and their settings."""
+
+    def watch(model: Any) -> list[list[tuple[str, dict[str, Any]]]]:
+        build, seen = model._get_logits_processor, []
+
+        def build_and_note(*arguments: Any, **options: Any) -> Any:
+            made = build(*arguments, **options)
+            seen.append([(type(one).__name__, dict(vars(one))) for one in made])
+            return made
+
+        monkeypatch.setitem(vars(model), "_get_logits_processor", build_and_note)
+        return seen
+
+    return watch
+
+
+@pytest.fixture
 def make_plan() -> Callable[..., Plan]:
     """A plan as if it had been measured here: the first candidate is the winner, and the others follow by score."""
 

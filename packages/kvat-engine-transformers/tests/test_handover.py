@@ -153,18 +153,10 @@ def test_a_batch_refuses_a_prompt_without_a_token(handed_over: HandedOver) -> No
 
 @pytest.mark.uses("paged")
 def test_a_batch_samples_from_what_generate_samples_from(
-    handed_over: HandedOver, monkeypatch: pytest.MonkeyPatch
+    handed_over: HandedOver, processors_of: Callable[[Any], list[Any]]
 ) -> None:
     code, model = handed_over(cache="paged")
-    own: Any = model
-    build, seen = own._get_logits_processor, []
-
-    def build_and_note(*arguments: Any, **options: Any) -> Any:
-        made = build(*arguments, **options)
-        seen.append([(type(one).__name__, dict(vars(one))) for one in made])
-        return made
-
-    monkeypatch.setitem(vars(model), "_get_logits_processor", build_and_note)
+    seen = processors_of(model)
     for options in ({}, {"top_k": 5, "temperature": 0.5}, {"top_k": None, "top_p": 0.5}):
         model.generate(IDS, max_new_tokens=2, do_sample=True, **options)
         code.generate(model, IDS, 2, do_sample=True, **options)

@@ -259,17 +259,12 @@ def test_a_batch_by_generate_batch_is_sampled_as_generate_does(
 @pytest.mark.uses("paged")
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "temperature": 0.5}, {"top_k": None, "top_p": 0.5}], ids=str)
 def test_a_batch_samples_from_what_generate_samples_from(
-    llama: PreTrainedModel, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    llama: PreTrainedModel,
+    make_plan: MakePlan,
+    processors_of: Callable[[Any], list[Any]],
+    options: dict[str, Any],
 ) -> None:
-    own: Any = llama
-    build, seen = own._get_logits_processor, []
-
-    def build_and_note(*arguments: Any, **others: Any) -> Any:
-        made = build(*arguments, **others)
-        seen.append([(type(one).__name__, dict(vars(one))) for one in made])
-        return made
-
-    monkeypatch.setitem(vars(llama), "_get_logits_processor", build_and_note)
+    seen = processors_of(llama)
     llama.generate(IDS, max_new_tokens=2, do_sample=True, **options)
     planned = load_plan(make_plan({"paged": {"cache": "paged"}}), model=llama)
     planned.generate(IDS, 2, do_sample=True, **options)
@@ -674,9 +669,10 @@ def test_the_one_device_of_metal_has_no_number(
 
 
 def test_a_plan_that_was_made_here_is_told_nothing_of(llama: PreTrainedModel, make_plan: MakePlan) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         load_plan(make_plan(), model=llama).generate(IDS, 2)
+    assert [str(one.message) for one in told if issubclass(one.category, PlanWarning)] == []
 
 
 @pytest.mark.parametrize(

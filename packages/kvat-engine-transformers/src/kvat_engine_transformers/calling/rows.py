@@ -1,4 +1,7 @@
-"""Prompts and answers as rows of one tensor, as `generate` takes and returns them. Snippets carry these functions."""
+"""Between `generate` and `generate_batch`: rows of one tensor, and what cannot be taken over.
+
+Snippets carry these functions.
+"""
 
 import copy
 from typing import Any
